@@ -91,7 +91,10 @@ def environment(device: torch.device) -> None:
     cuda = torch.cuda.is_available()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
     show("Python", platform.python_version())
-    check("PyTorch, 2.3 or newer", torch.__version__, torch.__version__ >= (2, 3))
+    if torch.__version__ < (2, 3):
+        has = f"PyTorch {torch.__version__} is too old"
+        raise ClaimError(f"{has}: the lesson needs 2.3 or newer, see requirements.txt")
+    check("PyTorch, 2.3 or newer", torch.__version__, True)
     show("NumPy", np.__version__)
     show("threads for one operation", torch.get_num_threads())
     show("CUDA", torch.cuda.get_device_name() if cuda else f"no; PyTorch is built for {built}")
