@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import pickle
 import platform
+import secrets
 import sys
 import tempfile
 import zipfile
@@ -44,7 +46,7 @@ class ClaimError(Exception):
 
 def heading(title: str, quote: str) -> None:
     """Print the heading of a step, and what the article says there."""
-    print(f"\n{title}\n{'=' * len(title)}\n  {quote}\n")
+    print(f'\n{title}\n{"=" * len(title)}\n  "{quote}"\n')
 
 
 def show(label: str, value: object) -> None:
@@ -84,9 +86,7 @@ def select_device(name: str = "auto") -> torch.device:
 
 def environment(device: torch.device) -> None:
     """Print what the lesson runs on (step 1)."""
-    quote = (
-        '"On CPU-only machines, everything in this lesson runs perfectly fine without any changes."'
-    )
+    quote = "On CPU-only machines, everything in this lesson runs perfectly fine"
     heading("Step 1: Environment", quote)
     cuda = torch.cuda.is_available()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
@@ -109,7 +109,7 @@ def environment(device: torch.device) -> None:
 
 def tensor_operations(device: torch.device) -> dict[str, torch.Tensor]:
     """Do step 2, and return the tensors that it made, by name."""
-    heading("Step 2: Tensor operations", '"Everything in PyTorch is a tensor."')
+    heading("Step 2: Tensor operations", "Everything in PyTorch is a tensor.")
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     check("x.shape", x.shape, x.shape == (2, 2))
     check("x.dtype", x.dtype, x.dtype == torch.float32)
@@ -123,6 +123,7 @@ def tensor_operations(device: torch.device) -> dict[str, torch.Tensor]:
     check("a matrix is 2-d", x.shape, x.ndim == 2)
     check("a batch of images is 4-d", images.shape, images.ndim == 4)
 
+    torch.manual_seed(0)  # the same random numbers at every run
     zeros, ones, noise = torch.zeros(2, 3), torch.ones(2, 3), torch.randn(100, 100)
     spread = f"mean {noise.mean():.2f}, deviation {noise.std():.2f}"
     check("torch.zeros(2, 3)", "every element 0", bool((zeros == 0).all()))
@@ -231,8 +232,7 @@ def follow_the_data(x: torch.Tensor) -> torch.Tensor:
 
 def autograd_walkthrough() -> None:
     """Do step 3."""
-    quote = '"You get gradients without writing a single derivative by hand."'
-    heading("Step 3: Autograd", quote)
+    heading("Step 3: Autograd", "You get gradients without writing a single derivative by hand.")
     w = torch.tensor(2.0, requires_grad=True)
     loss = article_loss(w)
     loss.backward()
@@ -243,6 +243,7 @@ def autograd_walkthrough() -> None:
     print(f"    {'node':<18}{'computed':<22}value    d(loss)/d(value)")
     for name, expression, value, gradient in chain_rule():
         print(f"    {name:<18}{expression:<20}{value:>7.0f}{gradient:>20.0f}")
+    check("what arrived at w is w.grad", gradient, gradient == w.grad)
 
     print("\n  Descent by hand, with w.grad.zero_() and with it forgotten:")
     path, losses = gradient_descent()
@@ -254,7 +255,8 @@ def autograd_walkthrough() -> None:
     check("20 iterations reach the minimum", f"w = {path[-1]:.6f}", abs(path[-1] - 3) < 1e-5)
     check("forgotten, it swings for ever", f"up to {away:.2f} away in the last 10", away > 1)
 
-    print("\n  The graph is recorded anew by each call, and follows the data:")
+    print("\n  Each call records its graph anew, and the graph follows the data:")
+    graphs = set()
     for value in (5.0, 0.5, -3.0):
         x = torch.tensor(value, dtype=torch.float64, requires_grad=True)
         result = follow_the_data(x)
@@ -262,8 +264,10 @@ def autograd_walkthrough() -> None:
         ahead, behind = (follow_the_data(x.detach() + step).item() for step in (1e-6, -1e-6))
         slope = (ahead - behind) / 2e-6
         names = [name.removesuffix("Backward0") for name in reversed(recorded_graph(result)[:-1])]
+        graphs.add(" ".join(names))
         measured = f"gradient {x.grad:.6f}, by differences {slope:.6f}"
         check(f"x = {value:<4}  {' '.join(names)}", measured, abs(x.grad - slope) < 1e-6)
+    check("graphs of the three inputs", f"{len(graphs)} different ones", len(graphs) == 3)
 
 
 # %% Step 4: Build and train
@@ -346,6 +350,12 @@ def train(
     return torch.stack(losses).tolist() if losses else []
 
 
+def rises(losses: list[float]) -> list[int]:
+    """Return the epochs, counted from 1, at which the loss is not below the one before."""
+    pairs = enumerate(itertools.pairwise(losses), start=2)
+    return [epoch for epoch, (before, loss) in pairs if loss >= before]
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, X: torch.Tensor, y: torch.Tensor) -> float:
     """Return the share of X, (samples, in_features), that `model` puts in its class y."""
@@ -385,7 +395,7 @@ def trained(seed: int, device: torch.device, epochs: int) -> tuple[Checkpoint, l
 
 def build_and_train(seed: int, device: torch.device, epochs: int) -> None:
     """Do step 4."""
-    quote = '"This explicit loop ... exposes every step of training."'
+    quote = "This explicit loop ... exposes every step of training."
     heading("Step 4: Build and train a two-layer network", quote)
     logits = SimpleNet()(torch.randn(3, 4))
     check("SimpleNet, (3, 4) in", f"{tuple(logits.shape)} out", logits.shape == (3, 2))
@@ -399,12 +409,11 @@ def build_and_train(seed: int, device: torch.device, epochs: int) -> None:
 
     checkpoint, fresh_losses = trained(seed, device, epochs)
     losses = checkpoint.losses
-    rises = [epoch for epoch in range(1, epochs) if losses[epoch] >= losses[epoch - 1]]
-    first = min(epochs, 100)  # as many as the article's; near a minimum a fixed step is too long
-    fell = not any(epoch < first for epoch in rises)
-    check(f"the loss fell, epoch 1 to {first}", f"{losses[0]:.4f} to {losses[first - 1]:.4f}", fell)
-    if len(rises) > 0:
-        show("and rose later", f"{len(rises)} times, first at epoch {rises[0] + 1}")
+    first = losses[:100]  # as many as the article's; near a minimum a fixed step is too long
+    fell = f"{first[0]:.4f} to {first[-1]:.4f}"
+    check(f"the loss fell, epoch 1 to {len(first)}", fell, not rises(first))
+    if later := rises(losses):
+        show("and rose later", f"at {len(later)} of {epochs - 100} epochs, first at {later[0]}")
 
     X, y, fresh_X, fresh_y = lesson_data(seed, device)
     known, fresh = accuracy(checkpoint.model, X, y), accuracy(checkpoint.model, fresh_X, fresh_y)
@@ -456,7 +465,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "epoch": checkpoint.epoch,
         "losses": checkpoint.losses,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -474,9 +483,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     Raises CheckpointError for a file that is missing, torn, altered, foreign or malicious.
     """
 
-    def refuse(reason: str, cause: Exception | None = None) -> NoReturn:
+    def refuse(reason: str) -> NoReturn:
         advice = "'python lesson_code.py --section 5' makes a new one"
-        raise CheckpointError(f"{path} {reason}; {advice}") from cause
+        raise CheckpointError(f"{path} {reason}; {advice}")
 
     try:
         with open(path, "rb") as file:
@@ -499,14 +508,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         return Checkpoint(model, optimizer, content["epoch"], content["losses"])
     except CheckpointError:
         raise
-    except FileNotFoundError as error:
-        refuse("does not exist", error)
+    except FileNotFoundError:
+        refuse("does not exist")
     except OSError as error:
-        refuse(f"cannot be read ({error.strerror})", error)
-    except pickle.UnpicklingError as error:
-        refuse("holds more than tensors and plain values; none of it was run", error)
-    except Exception as error:  # foreign content provokes any: KeyError, RuntimeError, zlib.error
-        refuse("was altered, or is no checkpoint of this lesson", error)
+        refuse(f"cannot be read ({error.strerror})")
+    except pickle.UnpicklingError:
+        refuse("holds more than tensors and plain values; none of it was run")
+    except Exception:  # foreign content can provoke any: KeyError, RuntimeError, zlib.error
+        refuse("was altered, or is no checkpoint of this lesson")
 
 
 @torch.no_grad()
@@ -526,7 +535,7 @@ def verify_and_demo(
     seed: int, device: torch.device, epochs: int, output: Path = CHECKPOINTS, figure: bool = True
 ) -> None:
     """Do step 5: leave `lesson.pt` and, with `figure`, `lesson.png` in `output`."""
-    quote = '"A fully trained neural network, verified test results, and a saved model checkpoint."'
+    quote = "a fully trained neural network, verified test results, and a saved model checkpoint"
     heading("Step 5: Verify, test and demo", quote)
     checkpoint, fresh_losses = trained(seed, device, epochs)
     X, y, fresh_X, _ = lesson_data(seed, device)

@@ -6,8 +6,8 @@ They run on CUDA where there is a GPU, else on the CPU.
 """
 
 import copy
-import itertools
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -20,43 +20,7 @@ import lesson_code as lesson
 DEVICE = lesson.select_device()
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[str, torch.Tensor]:
-    """Return the tensors that step 2 makes."""
-    return lesson.tensor_operations(DEVICE)
-
-
-# Steps 1 and 2: environment, tensor operations
-
-
-def test_every_tensor_has_a_shape_and_a_dtype(made):
-    """The article: "a scalar is a 0-dimensional tensor, a vector is 1-D, a matrix is 2-D"."""
-    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
-        **{"scalar": (), "vector": (3,), "x": (2, 2), "images": (8, 3, 32, 32)},
-        **{"zeros": (2, 3), "ones": (2, 3), "noise": (100, 100)},
-        **{"a": (2, 3), "product": (2, 4), "view": (3, 2), "copy": (6,)},
-    }
-    assert {tensor.dtype for tensor in made.values()} == {torch.float32}
-    assert not made["zeros"].any()
-    assert made["ones"].eq(1).all()
-    assert made["noise"].unique().numel() > 9000
-    assert made["x"].tolist() == [[2, 3], [4, 5]], "the article's x, after x.add_(1)"
-
-
-def test_matmul_multiplies_rows_by_columns(made):
-    """The article: "torch.matmul(a, b): matrix multiplication, the core of every Linear layer"."""
-    assert made["product"].tolist() == [[20, 23, 26, 29], [56, 68, 80, 92]]
-    x, linear = torch.randn(5, 4), lesson.SimpleNet().linear
-    by_matmul = torch.matmul(x, linear.weight.T) + linear.bias
-    torch.testing.assert_close(linear(x), by_matmul)
-
-
-def test_reshape_shares_memory_unless_it_has_to_copy(made):
-    """The article: "reshape without copying data in memory", where the layout allows it."""
-    assert made["view"].data_ptr() == made["a"].data_ptr()
-    assert made["a"].tolist() == [[100, 1, 2], [3, 4, 5]]
-    assert made["copy"].data_ptr() != made["a"].data_ptr()
-    assert made["copy"].tolist() == [0, -1, 1, 4, 2, 5]
+# Step 1: environment
 
 
 def test_a_device_is_chosen_by_name_or_refused(monkeypatch):
@@ -65,6 +29,10 @@ def test_a_device_is_chosen_by_name_or_refused(monkeypatch):
     assert moved.device.type == DEVICE.type
     assert moved.to(DEVICE) is moved
     assert moved.to("cpu").tolist() == [1, 1]
+    elsewhere = torch.device("meta")  # a second device that every machine has, of shapes alone
+    lesson.tensor_operations(elsewhere)
+    data, (model, _) = lesson.lesson_data(0, elsewhere), lesson.untrained(0, elsewhere)
+    assert {tensor.device for tensor in (*data, *model.parameters())} == {elsewhere}
 
     def offered() -> set[str]:
         names = ("cpu", "cuda", "cuda:0", "cuda:1", "cuda:2", "mps")
@@ -91,6 +59,47 @@ def test_a_device_is_chosen_by_name_or_refused(monkeypatch):
     machine(cuda_gpus=2, mps=False)
     assert offered() == {"cpu", "cuda", "cuda:0", "cuda:1"}
     assert lesson.select_device() == torch.device("cuda")
+
+
+# Step 2: tensor operations
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, torch.Tensor]:
+    """Return the tensors that step 2 makes."""
+    return lesson.tensor_operations(DEVICE)
+
+
+def test_every_tensor_has_a_shape_and_a_dtype(made):
+    """The article: "a scalar is a 0-dimensional tensor, a vector is 1-D, a matrix is 2-D"."""
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
+        **{"scalar": (), "vector": (3,), "x": (2, 2), "images": (8, 3, 32, 32)},
+        **{"zeros": (2, 3), "ones": (2, 3), "noise": (100, 100)},
+        **{"a": (2, 3), "product": (2, 4), "view": (3, 2), "copy": (6,)},
+    }
+    assert {tensor.dtype for tensor in made.values()} == {torch.float32}
+    assert not made["zeros"].any()
+    assert made["ones"].eq(1).all()
+    torch.manual_seed(0)
+    assert made["noise"].equal(torch.randn(100, 100))
+    assert made["x"].tolist() == [[2, 3], [4, 5]], "the article's x, after x.add_(1)"
+    assert (made["scalar"].tolist(), made["vector"].tolist()) == (3, [1, 2, 3])
+
+
+def test_matmul_multiplies_rows_by_columns(made):
+    """The article: "torch.matmul(a, b): matrix multiplication, the core of every Linear layer"."""
+    assert made["product"].tolist() == [[20, 23, 26, 29], [56, 68, 80, 92]]
+    x, linear = torch.randn(5, 4), lesson.SimpleNet().linear
+    by_matmul = torch.matmul(x, linear.weight.T) + linear.bias
+    torch.testing.assert_close(linear(x), by_matmul)
+
+
+def test_reshape_shares_memory_unless_it_has_to_copy(made):
+    """The article: "reshape without copying data in memory", where the layout allows it."""
+    assert made["view"].data_ptr() == made["a"].data_ptr()
+    assert made["a"].tolist() == [[100, 1, 2], [3, 4, 5]]
+    assert made["copy"].data_ptr() != made["a"].data_ptr()
+    assert made["copy"].tolist() == [0, -1, 1, 4, 2, 5]
 
 
 # Step 3: autograd
@@ -195,7 +204,8 @@ def test_logits_have_one_row_a_sample_and_one_column_a_class():
     for features in (X.tolist(), X.double().cpu().numpy()):
         assert lesson.predict(model, features)[0].equal(classes)
     wrong_once = torch.cat([classes[:5], 1 - classes[5:]])
-    assert lesson.accuracy(model, X, wrong_once) == pytest.approx(5 / 6)
+    accuracy = lesson.accuracy(model, X, wrong_once)
+    assert (type(accuracy), accuracy) == (float, pytest.approx(5 / 6))
 
 
 def test_the_loss_falls_at_every_one_of_100_epochs():
@@ -206,7 +216,8 @@ def test_the_loss_falls_at_every_one_of_100_epochs():
     seen = []
     losses = lesson.train(model, X, y, on_epoch=lambda *seen_now: seen.append(seen_now))
     assert len(losses) == 100
-    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+    assert lesson.rises(losses) == []
+    assert lesson.rises([4, 3, 3, 2, 5]) == [3, 5]
     assert losses[0] == pytest.approx(before)
     assert [(epoch, loss.item()) for epoch, loss in seen] == list(enumerate(losses))
     assert not seen[0][1].requires_grad, "a kept loss must not keep its graph"
@@ -243,11 +254,13 @@ def test_equal_seeds_give_equal_data_and_equal_losses():
     assert again[1].equal(y.cpu())
     assert not other[0].equal(X.cpu())
 
-    X, y, fresh_X, fresh_y = lesson.lesson_data(3, DEVICE)
-    assert [len(part) for part in (X, y, fresh_X, fresh_y)] == [100, 100, 2000, 2000]
-    assert not fresh_X[:100].equal(X)
-    assert X.shape[1] == 4
-    assert y.unique().numel() == 3
+    X, y, *fresh = lesson.lesson_data(3, DEVICE)
+    training = lesson.make_synthetic_data(seed=3, device=DEVICE)
+    unseen = lesson.make_synthetic_data(2000, seed=4, device=DEVICE)
+    for tensor, expected in zip((X, y, *fresh), (*training, *unseen), strict=True):
+        assert tensor.equal(expected)
+    assert (X.shape, y.unique().numel()) == ((100, 4), 3)
+    assert lesson.make_synthetic_data()[0].equal(lesson.make_synthetic_data(seed=0)[0])
 
     def losses(seed: int, default: bool = False) -> list[float]:
         model, optimizer = lesson.untrained(seed, DEVICE)
@@ -261,22 +274,37 @@ def test_equal_seeds_give_equal_data_and_equal_losses():
 # Step 5: verify, test and demo
 
 
-def test_the_lesson_runs_and_its_checkpoint_reloads_exactly(tmp_path, capsys):
+def test_the_lesson_runs_and_its_checkpoint_reloads_exactly(tmp_path, capsys, monkeypatch):
     """The article: "a fully trained neural network [...] and a saved model checkpoint"."""
-    assert lesson.main(["--output", str(tmp_path), "--no-figure"]) == 0
+    lesson.trained.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "60", "--output", str(tmp_path), "--no-figure"]
+    assert lesson.main(options) == 0
     transcript = capsys.readouterr().out
-    assert transcript.count(" ok\n") >= 32
-    assert transcript.count("    epoch ") == 10
+    assert transcript.count(" ok\n") >= 35
+    assert re.findall(r"   epoch +(\d+)", transcript) == ["10", "20", "30", "40", "50", "60"]
+    for shown in (
+        "Div Div Div Pow  ",
+        "  Pow  ",
+        "  Div Div Sin  ",
+        "up to 1.08 away",
+        "30 epochs,",
+    ):
+        assert shown in transcript
+    with pytest.raises(lesson.ClaimError, match="2 \\+ 2 is 5"):
+        lesson.check("2 + 2 is 5", 4, False)
 
     path = tmp_path / "lesson.pt"
-    kept, fresh_losses = lesson.trained(0, DEVICE, 100)
+    kept, fresh_losses = lesson.trained(0, DEVICE, 60)
     loaded = lesson.load_checkpoint(path, DEVICE)
-    assert (loaded.epoch, loaded.losses, loaded.sizes) == (100, kept.losses, (4, 16, 3))
-    assert len(fresh_losses) == 100
+    assert (loaded.epoch, loaded.losses, loaded.sizes) == (60, kept.losses, (4, 16, 3))
+    assert len(fresh_losses) == 60
     assert fresh_losses[-1] > 1.2
     X = torch.randn(64, 4, device=DEVICE)
     assert loaded.model(X).equal(kept.model(X))
-    assert loaded.optimizer.state_dict()["param_groups"][0]["lr"] == 0.01
+    optimizer = loaded.optimizer.state_dict()
+    assert (optimizer["param_groups"][0]["lr"], optimizer["state"][0]["step"]) == (0.01, 60)
+    assert lesson.load_checkpoint(path, "meta").model.output.bias.is_meta
 
     class Interrupted:
         def __reduce__(self):
@@ -287,7 +315,7 @@ def test_the_lesson_runs_and_its_checkpoint_reloads_exactly(tmp_path, capsys):
             path, lesson.Checkpoint(kept.model, kept.optimizer, 1, [Interrupted()])
         )
     assert list(tmp_path.iterdir()) == [path], "what was half written is gone"
-    assert lesson.load_checkpoint(path).epoch == 100, "and the old checkpoint is whole"
+    assert lesson.load_checkpoint(path).epoch == 60, "and the old checkpoint is whole"
 
 
 def test_training_resumed_from_a_checkpoint_equals_training_uninterrupted(tmp_path):
@@ -311,7 +339,7 @@ def test_training_resumed_from_a_checkpoint_equals_training_uninterrupted(tmp_pa
             assert parameter.equal(expected)
 
 
-def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path):
+def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path, monkeypatch):
     """Not in the article: PyTorch's checkpoints are pickles, and a pickle can run any code."""
     path, trap = tmp_path / "lesson.pt", tmp_path / "trap"
     model, optimizer = lesson.untrained(0, torch.device("cpu"))
@@ -331,35 +359,40 @@ def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path):
             archive.writestr("readme.txt", "not a checkpoint")
 
     bad = {
-        "does not exist": [Path.unlink],
-        "cannot be read": [lambda file: (file.unlink(), file.mkdir())],
-        "is empty or no PyTorch file": [
+        r"does not exist": [Path.unlink],
+        r"cannot be read \(.+\)": [lambda file: (file.unlink(), file.mkdir())],
+        r"is empty or no PyTorch file": [
             lambda file: file.write_bytes(b""),
             lambda file: file.write_text("a text"),
             lambda file: file.write_bytes(pickle.dumps(Malicious())),
         ],
-        "is cut short": [lambda file: file.write_bytes(whole[:-100])],
-        "does not match its checksum": [lambda file: file.write_bytes(altered)],
-        "none of it was run": [lambda file: torch.save(Malicious(), file)],
-        "is no checkpoint of this lesson": [
+        r"is cut short": [lambda file: file.write_bytes(whole[:-100])],
+        r"was altered: \S+ does not match its checksum": [
+            lambda file: file.write_bytes(altered),
+        ],
+        r"holds more than tensors and plain values; none of it was run": [
+            lambda file: torch.save(Malicious(), file),
+            lambda file: torch.save(model, file),
+        ],
+        r"was altered, or is no checkpoint of this lesson": [
             zipped,
             lambda file: torch.save([1, 2, 3], file),
             lambda file: torch.save(model.state_dict(), file),
             lambda file: torch.save(content | {"sizes": (4, 5, 3)}, file),
             lambda file: torch.save(content | {"optimizer_class": "lr_scheduler"}, file),
-            lambda file: torch.save(content | {"optimizer_class": "Module"}, file),
+            lambda file: torch.save(content | {"optimizer_class": "Trap"}, file),
         ],
     }
+    no_optimizer = type("Trap", (), {"__init__": lambda self, parameters: trap.touch()})
+    monkeypatch.setattr(torch.optim, "Trap", no_optimizer, raising=False)
+    advice = "'python lesson_code.py --section 5' makes a new one"
     for sentence, makers in bad.items():
         for make in makers:
             path.touch()
             make(path)
             with pytest.raises(lesson.CheckpointError) as refusal:
                 lesson.load_checkpoint(path)
-            assert str(refusal.value).startswith(f"{path} ")
-            assert sentence in str(refusal.value)
-            assert str(refusal.value).endswith(
-                "'python lesson_code.py --section 5' makes a new one"
-            )
+            expected = f"{re.escape(str(path))} {sentence}; {re.escape(advice)}"
+            assert re.fullmatch(expected, str(refusal.value))
             path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     assert not trap.exists()

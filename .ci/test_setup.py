@@ -1,0 +1,140 @@
+"""setup.sh: once, again, changed, interrupted, moved, twice at a time, and where it cannot work.
+
+One small package stands in for the requirements, so that each case takes seconds.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = "bash cat cmp cp df awk basename dirname grep mkdir mv rm sed sleep timeout uname"
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """Return a folder, with a space in its name, that holds setup.sh and small requirements."""
+    folder = tmp_path / "a lesson"
+    folder.mkdir()
+    shutil.copy(ROOT / "setup.sh", folder)
+    (folder / "requirements.txt").write_text("iniconfig==2.3.1\n")
+    return folder
+
+
+def run(project: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run setup.sh with `command` from another folder than its own."""
+    return subprocess.run(
+        [project / "setup.sh", *command],
+        cwd=project.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def tools_and(folder: Path, **scripts: str) -> dict[str, str]:
+    """Return an environment whose PATH has the shell's tools and these scripts, and no more."""
+    folder.mkdir()
+    for tool in TOOLS.split():
+        (folder / tool).symlink_to(shutil.which(tool))
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+def test_it_installs_once_runs_the_command_and_returns_its_status(project):
+    code = "import iniconfig, os, sys; print(sys.prefix, os.getcwd(), *sys.argv[1:]); sys.exit(7)"
+    first = run(project, "python", "-c", code, "two words", "--all")
+    assert first.returncode == 7
+    assert first.stdout == f"{project}/.venv {project.parent} two words --all\n"
+    log = (project / ".venv" / "pip.log").stat()
+    again = run(project, "python", "-c", code)
+    assert (again.returncode, again.stderr) == (7, "")
+    assert (project / ".venv" / "pip.log").stat() == log, "pip did not run"
+    assert run(project, "no-such-command").returncode == 127
+    assert not (project / ".venv.lock").exists()
+
+
+def test_changed_requirements_and_all_are_noticed(project):
+    assert run(project).returncode == 0
+    (project / "real_world").mkdir()
+    (project / "real_world" / "requirements.txt").write_text("pluggy==1.7.0\n")
+    assert run(project, "python", "-c", "import pluggy").returncode == 1
+    assert run(project, "--all", "python", "-c", "import pluggy").returncode == 0
+    with (project / "requirements.txt").open("a") as file:
+        file.write("packaging==26.3\n")
+    assert run(project, "python", "-c", "import packaging, pluggy").returncode == 0
+
+
+def test_an_interrupted_set_up_is_repaired_and_a_moved_folder_too(project):
+    with subprocess.Popen(
+        [project / "setup.sh"], start_new_session=True, stderr=subprocess.DEVNULL
+    ) as interrupted:
+        while not (project / ".venv" / "bin" / "python").exists():
+            assert interrupted.poll() is None
+            time.sleep(0.01)
+        os.killpg(interrupted.pid, signal.SIGKILL)
+    repaired = run(project, "python", "-c", "import iniconfig, pip")
+    assert repaired.returncode == 0
+    assert "an earlier set-up was interrupted: starting again" in repaired.stderr
+    moved = project.rename(project.parent / "moved")
+    assert run(moved, "pip", "--version").stdout.count(f"{moved}/.venv/") == 1
+
+
+def test_two_at_a_time_wait_for_each_other(project):
+    both = [
+        subprocess.Popen([project / "setup.sh", "python", "-c", "import iniconfig"])
+        for _ in range(2)
+    ]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert not (project / ".venv.lock").exists()
+
+
+@pytest.mark.parametrize("option", ["--al", "-x"])
+def test_an_unknown_option_is_refused(project, option):
+    refused = run(project, option)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"setup.sh: there is no option {option}: it takes --all, --help or a command to run\n"
+    )
+
+
+def test_help_is_the_head_of_the_script(project):
+    assert "./setup.sh python lesson_code.py" in run(project, "--help").stdout
+
+
+def test_a_python_too_old_is_named(project):
+    old = tools_and(project / "bin", python3='[ "$1" = --version ] && echo Python 3.8.1')
+    refused = run(project, "true", **old)
+    assert refused.returncode == 1
+    assert "needs Python 3.10 to 3.14, but finds Python 3.8.1" in refused.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_a_python_without_venv_is_told_what_to_install(project):
+    bare = 'case "$2" in *ensurepip*) exit 1 ;; esac'
+    refused = run(project, "true", **tools_and(project / "bin", python3=bare))
+    assert refused.returncode == 1
+    assert "sudo apt install python3-venv" in refused.stderr
+
+
+def test_no_network_and_a_wrong_requirement_get_a_sentence_and_lose_nothing(project):
+    assert run(project).returncode == 0
+    (project / "requirements.txt").write_text("iniconfig==2.3.1\npackaging==26.3\n")
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull}
+    refused = run(project, "true", **nowhere, PIP_RETRIES="0", PIP_NO_CACHE_DIR="1")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("cannot be reached: check the network and run this again\n")
+    (project / "requirements.txt").write_text("iniconfig==99\n")
+    refused = run(project, "true")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("could not install the requirements: see its message above\n")
+    (project / "requirements.txt").write_text("iniconfig==2.3.1\n")
+    assert run(project, "python", "-c", "import iniconfig").stderr == ""
