@@ -492,9 +492,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
             if not zipfile.is_zipfile(file):
                 file.seek(0)
                 refuse("is cut short" if file.read(2) == b"PK" else "is empty or no PyTorch file")
-            # Each record carries a CRC-32, which torch.load does not compare.
-            if damaged := zipfile.ZipFile(file).testzip():
+            # torch.load compares no checksum, and a record marked as a folder it leaves unread.
+            archive = zipfile.ZipFile(file)
+            if damaged := archive.testzip():
                 refuse(f"was altered: {damaged} does not match its checksum")
+            if any(record.external_attr for record in archive.infolist()):
+                refuse("was altered: a record is not marked as a plain file")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # shapes alone, no memory and no random numbers
@@ -505,7 +508,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
             raise TypeError(f"{optimizer_class} is no optimizer")
         optimizer = optimizer_class(model.to(device).parameters())
         optimizer.load_state_dict(content["optimizer"])
-        return Checkpoint(model, optimizer, content["epoch"], content["losses"])
+        losses = [float(loss) for loss in content["losses"]]
+        return Checkpoint(model, optimizer, int(content["epoch"]), losses)
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -685,7 +689,9 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except (ClaimError, CheckpointError, ImportError, OSError) as error:
+    except OSError as error:
+        message, status = f"could not write in {options.output}: {error.strerror}", 1
+    except (ClaimError, CheckpointError, ImportError) as error:
         message, status = str(error), 1
     else:
         return 0

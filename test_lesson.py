@@ -349,6 +349,8 @@ def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path, mon
     weights = model.output.weight.detach().numpy().tobytes()
     altered = bytearray(whole)
     altered[whole.index(weights) + 5] ^= 1
+    folder = bytearray(whole)  # the archive's index says of a tensor that it is a folder
+    folder[whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0")) + 38] |= 0x10
 
     class Malicious:
         def __reduce__(self):
@@ -370,6 +372,9 @@ def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path, mon
         r"was altered: \S+ does not match its checksum": [
             lambda file: file.write_bytes(altered),
         ],
+        r"was altered: a record is not marked as a plain file": [
+            lambda file: file.write_bytes(folder),
+        ],
         r"holds more than tensors and plain values; none of it was run": [
             lambda file: torch.save(Malicious(), file),
             lambda file: torch.save(model, file),
@@ -379,6 +384,8 @@ def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path, mon
             lambda file: torch.save([1, 2, 3], file),
             lambda file: torch.save(model.state_dict(), file),
             lambda file: torch.save(content | {"sizes": (4, 5, 3)}, file),
+            lambda file: torch.save(content | {"losses": ["low"]}, file),
+            lambda file: torch.save(content | {"epoch": None}, file),
             lambda file: torch.save(content | {"optimizer_class": "lr_scheduler"}, file),
             lambda file: torch.save(content | {"optimizer_class": "Trap"}, file),
         ],
