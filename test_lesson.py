@@ -372,7 +372,7 @@ def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path, mon
         r"was altered: \S+ does not match its checksum": [
             lambda file: file.write_bytes(altered),
         ],
-        r"was altered: a record is not marked as a plain file": [
+        r"was altered: a record is marked as a folder": [
             lambda file: file.write_bytes(folder),
         ],
         r"holds more than tensors and plain values; none of it was run": [

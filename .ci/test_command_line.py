@@ -119,13 +119,22 @@ def test_a_reader_that_closes_the_pipe_early_ends_it_quietly():
 
 def test_ctrl_c_gets_one_word_and_status_130(tmp_path):
     command = [*LESSON, "--section", "5", "--epochs", "1000000", "--output", str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
         while "five-line loop" not in process.stdout.readline():
-            pass
+            assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == "lesson_code.py: interrupted\n"
-        assert process.wait(30) == 130
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, "lesson_code.py: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
