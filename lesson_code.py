@@ -487,6 +487,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         advice = "'python lesson_code.py --section 5' makes a new one"
         raise CheckpointError(f"{path} {reason}; {advice}")
 
+    torch.empty(0, device=device)  # a device that is not there is no fault of the file
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
