@@ -1,0 +1,56 @@
+"""The article's claims about production, one runnable page each: `python -m real_world.PAGE`.
+
+Every page imports `lesson_code` and uses its network, its `train()` and its checkpoint unchanged;
+no page imports another. Here is only what all of them start with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import lesson_code as lesson
+
+
+def parser(page: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of the page's options that refuses a wrong one in one sentence."""
+    made = argparse.ArgumentParser(prog=f"python -m real_world.{page}", description=description)
+    made.error = lambda message: made.exit(2, f"{page}: {message}\n")  # no usage lines
+    return made
+
+
+def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
+    """Return the checkpoint at `path` on the CPU; where there is none, train and save it first.
+
+    Raises CheckpointError where `path` holds something else.
+    """
+    if not path.exists():
+        lesson.show("no checkpoint yet", f"training one for {path}")
+        trained, _ = lesson.trained(0, torch.device("cpu"), 100)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lesson.save_checkpoint(path, trained)
+        print()
+    return lesson.load_checkpoint(path)
+
+
+def run(page: str, body: Callable[[], None]) -> int:
+    """Run a page; return its exit status, and where it fails say why in one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        body()
+    except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(f"{page}: interrupted", file=sys.stderr)
+        return 130
+    except (lesson.ClaimError, lesson.CheckpointError, OSError) as error:
+        print(f"{page}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,370 @@
+"""The lesson's checkpoint, in the forms in which networks leave Python (the article's Component Architecture).
+
+    python -m real_world.deploy          build four forms, hold each against the network, time them
+    python -m real_world.deploy --cpp    and build the C++ program that answers from one of them
+
+A form is built, written to a file, loaded back from it and compared. What this machine cannot build
+is said in one line, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._inductor.exc import InductorError
+from torch._inductor.utils import fresh_cache
+from tqdm import tqdm
+
+import lesson_code as lesson
+from real_world import lesson_checkpoint, parser, run
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+"""Features, (batch, in_features) float32, to logits, (batch, classes) float32."""
+
+LARGEST_BATCH = 1024
+TOLERANCE = 1e-5
+
+
+# %% The forms
+# Each has two functions: one writes a file from the network, the other makes a network of the file.
+
+
+def build_torchscript(model: nn.Module, path: Path) -> None:
+    """Compile the Python source of forward() to TorchScript, and save it with the weights."""
+    torch.jit.script(model).save(path)
+
+
+def load_torchscript(path: Path, model: nn.Module) -> Network:
+    """Load the network alone: the class that it was written from is not needed."""
+    return torch.jit.load(path)
+
+
+def compiled(model: nn.Module) -> Network:
+    """Return `model` under torch.compile, which has compiled it for one row and for any number."""
+    network = torch.compile(model, dynamic=True, fullgraph=True)
+    for rows in (1, 2):  # a size of 1 is its own case to the compiler
+        network(torch.zeros(rows, model.hidden.in_features))
+    return network
+
+
+def build_compiled(model: nn.Module, path: Path) -> None:
+    """Compile in this process, and save the compiler's cache: machine code without the weights."""
+    with fresh_cache():  # what an earlier run left would make the time to build look short
+        torch.compiler.reset()
+        compiled(model)
+        artifacts, _ = torch.compiler.save_cache_artifacts()
+    path.write_bytes(artifacts)
+
+
+def load_compiled(path: Path, model: nn.Module) -> Network:
+    """Compile as a new process would that was given the cache."""
+    with fresh_cache():
+        torch.compiler.reset()
+        torch.compiler.load_cache_artifacts(path.read_bytes())
+        return compiled(model)
+
+
+def exported(model: nn.Module) -> torch.export.ExportedProgram:
+    """Return the graph of `model` for any batch from 1 to LARGEST_BATCH rows."""
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    example = (torch.zeros(2, model.hidden.in_features),)
+    return torch.export.export(model, example, dynamic_shapes=({0: batch},))
+
+
+def build_aotinductor(model: nn.Module, path: Path) -> None:
+    """Compile the exported graph to a shared library, packed with its weights.
+
+    Its metadata says how wide a row is, which `cpp/predict.cpp` reads.
+    """
+    metadata = {"in_features": str(model.hidden.in_features)}
+    torch._inductor.aoti_compile_and_package(
+        exported(model),
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": metadata},
+    )
+
+
+def load_aotinductor(path: Path, model: nn.Module) -> Network:
+    """Load the shared library; `cpp/predict.cpp` does the same without Python."""
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def build_executorch(model: nn.Module, path: Path) -> None:
+    """Lower the exported graph to XNNPACK's kernels, and its memory to a plan made ahead of time."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(exported(model), partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+
+
+def load_executorch(path: Path, model: nn.Module) -> Network:
+    """Load the program into the runtime that phones carry."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda X: method.execute([X])[0]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the network: where it runs, its file, and the functions that write and read it."""
+
+    name: str
+    runs: str
+    file: str
+    build: Callable[[nn.Module, Path], None]
+    load: Callable[[Path, nn.Module], Network]
+
+
+FORMS = (
+    Form("TorchScript", "C++, mobile", "lesson.ts", build_torchscript, load_torchscript),
+    Form("torch.compile", "Python", "lesson.compiled", build_compiled, load_compiled),
+    Form("AOTInductor", "C++, Python", "lesson.pt2", build_aotinductor, load_aotinductor),
+    Form("ExecuTorch", "phones, devices", "lesson.pte", build_executorch, load_executorch),
+)
+
+
+# %% Building and comparing
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Keep back what compilers and runtimes say on standard error; yield the list of warnings."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    said: list[str] = []
+    with tempfile.TemporaryFile() as log, warnings.catch_warnings(record=True) as caught:
+        os.dup2(log.fileno(), 2)  # C++ knows nothing of sys.stderr
+        warnings.simplefilter("always")
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            said += dict.fromkeys(str(warning.message) for warning in caught)
+
+
+def difference(network: Network, model: nn.Module, rows: torch.Tensor) -> float:
+    """Return the largest difference of a logit, over `rows` in batches of 1 to LARGEST_BATCH."""
+    largest = torch.zeros(())
+    for size in (1, 3, 10, 64, 333, 1000, LARGEST_BATCH):
+        for batch in rows.split(size):
+            largest = torch.maximum(largest, (network(batch) - model(batch)).abs().max())
+    return largest.item()
+
+
+def make(form: Form, model: nn.Module, rows: torch.Tensor, output: Path) -> Network | None:
+    """Build `form` in `output`, load it back and compare; return None where it cannot be built."""
+    path = output / form.file
+    try:
+        with quiet() as said, tempfile.TemporaryDirectory(dir=output) as folder:
+            start = time.perf_counter()
+            form.build(model, Path(folder, path.name))
+            built = time.perf_counter() - start
+            os.replace(Path(folder, path.name), path)  # whole, or not at all
+            network = form.load(path, model)
+    except (ImportError, InductorError) as error:
+        lesson.show(form.name, f"cannot be built here: {str(error).splitlines()[0]}")
+        return None
+    lesson.show(form.name, f"{form.file}, {path.stat().st_size:,} bytes, built in {built:.2f} s")
+    for warning in said:
+        if "deprecated" in warning and "torch.jit" in warning:
+            lesson.show("  works, and PyTorch says", warning)
+    largest = difference(network, model, rows)
+    claim = "  read back, against the network"
+    lesson.check(claim, f"largest difference {largest:.1e}", largest <= TOLERANCE)
+    return network
+
+
+def latencies(
+    networks: dict[str, Network], rows: torch.Tensor, sizes: tuple[int, ...], rounds: int = 300
+) -> dict[tuple[str, int], float]:
+    """Return the median time of a call in seconds, by network and batch size.
+
+    A round times every network at every size, so that what the machine does besides hits all alike.
+    """
+    calls = 10
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in tqdm(range(rounds), "timing", leave=False, disable=None):
+        for size in sizes:
+            batch = rows[:size]
+            for name, network in networks.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    network(batch)
+                times.setdefault((name, size), []).append((time.perf_counter() - start) / calls)
+    return {key: statistics.median(measured) for key, measured in times.items()}
+
+
+def print_latencies(networks: dict[str, Network], rows: torch.Tensor) -> None:
+    """Print the table of latencies, and of their ratios to the first of `networks`."""
+    sizes = (1, 64, LARGEST_BATCH)
+    measured = latencies(networks, rows, sizes)
+    eager = next(iter(networks))
+    print("\n  Microseconds a call on one thread, and the ratio to eager, by rows in the batch:")
+    print(f"    {'':<18}" + "".join(f"{size:>19,}" for size in sizes))
+    for name in networks:
+        cells = (
+            f"{measured[name, size] * 1e6:>11.1f}  {measured[name, size] / measured[eager, size]:>4.2f} x"
+            for size in sizes
+        )
+        print(f"    {name:<18}" + "".join(cells))
+
+
+# %% C++
+
+
+def build_cpp(output: Path) -> Path:
+    """Build `cpp/predict.cpp` against the libtorch of the installed wheel; return the program.
+
+    Raises OSError, which says why and where to read more, where it cannot be built.
+    """
+    folder = output / "cpp"
+    folder.mkdir(exist_ok=True)
+    log = folder / "build.log"
+    scripts = sysconfig.get_path("scripts")  # where pip put cmake and ninja
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
+    source = Path(__file__).parent / "cpp"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    commands = (
+        ["cmake", "--fresh", "-G", "Ninja", "-S", source, "-B", folder, prefix],
+        ["cmake", "--build", folder],
+    )
+    with log.open("w") as file:
+        for command in commands:
+            done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise OSError(f"the C++ program could not be built; {log} says why")
+    return folder / "predict"
+
+
+def as_csv(rows: torch.Tensor) -> str:
+    """Return `rows` as CSV, every value in the digits that read back as itself."""
+    return "".join(",".join(map(repr, row)) + "\n" for row in rows.tolist())
+
+
+def ask_cpp(program: Path, package: Path, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the classes, (rows,) int64, and probabilities, (rows, classes), of the C++ program."""
+    done = subprocess.run(
+        [program, package], input=text, capture_output=True, text=True, check=True
+    )
+    answers = torch.tensor(
+        [[float(value) for value in row] for row in csv.reader(io.StringIO(done.stdout))]
+    )
+    return answers[:, 1].long(), answers[:, 2:]
+
+
+def python_loop(model: nn.Module, lines: Iterator[str], write: Callable[[str], object]) -> None:
+    """Do in Python, with the eager network, what the C++ program does: CSV in, CSV out."""
+    first = 1
+    while batch := [row for _, row in zip(range(2000), csv.reader(lines))]:
+        classes, probabilities = lesson.predict(
+            model, [[float(value) for value in row] for row in batch]
+        )
+        answers = zip(classes.tolist(), probabilities.tolist(), strict=True)
+        for line, (label, shares) in enumerate(answers, first):
+            write(f"{line},{label},{','.join(map(repr, shares))}\n")
+        first += len(batch)
+
+
+def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
+    """Hold the C++ program's answers against `predict`, and its speed against Python's."""
+    rows = torch.randn(1000, model.hidden.in_features, generator=torch.Generator().manual_seed(2))
+    classes, probabilities = lesson.predict(model, rows)
+    cpp_classes, cpp_probabilities = ask_cpp(program, package, as_csv(rows))
+    largest = (cpp_probabilities - probabilities).abs().max().item()
+    same = torch.equal(cpp_classes, classes) and largest <= 1e-6
+    lesson.check(
+        "  1,000 rows, against predict", f"same classes, probabilities to {largest:.1e}", same
+    )
+
+    text = as_csv(rows) * 300
+    times: dict[str, list[float]] = {"C++": [], "Python": []}
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(
+            [program, package], input=text, stdout=subprocess.DEVNULL, text=True, check=True
+        )
+        times["C++"].append(time.perf_counter() - start)
+        with open(os.devnull, "w") as nowhere:
+            start = time.perf_counter()
+            python_loop(model, io.StringIO(text), nowhere.write)
+            times["Python"].append(time.perf_counter() - start)
+    cpp, python = (statistics.median(times[name]) for name in ("C++", "Python"))
+    count = text.count("\n")
+    lesson.show("  rows a second, CSV to CSV", f"{count / cpp:,.0f}, its start included")
+    lesson.show(
+        "  the same in Python, eager", f"{count / python:,.0f}: C++ is {python / cpp:.1f} x as fast"
+    )
+
+
+# %% Running it
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """Return the page's options."""
+    made = parser("deploy", "The lesson's checkpoint in four forms that leave Python.")
+    made.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=lesson.CHECKPOINTS,
+        help="default: checkpoints/",
+    )
+    made.add_argument("--cpp", action="store_true", help="also build and check the C++ program")
+    return made.parse_args(argv)
+
+
+@torch.inference_mode()
+def deploy(output: Path, cpp: bool) -> None:
+    """Build, check and time every form of the checkpoint `lesson.pt` in `output`."""
+    quote = "TorchScript mode compiles models into a portable intermediate representation"
+    lesson.heading("Deploy: one checkpoint, four forms", quote)
+    output.mkdir(parents=True, exist_ok=True)
+    model = lesson_checkpoint(output / "lesson.pt").model.requires_grad_(False).eval()
+    torch.set_num_threads(1)  # a few rows are done before a second thread has woken up
+    rows = torch.randn(
+        LARGEST_BATCH, model.hidden.in_features, generator=torch.Generator().manual_seed(1)
+    )
+    networks: dict[str, Network] = {"eager": model}
+    with tqdm(FORMS, leave=False, disable=None) as bar:
+        for form in bar:
+            bar.set_description(f"building {form.name}")
+            with bar.external_write_mode():
+                network = make(form, model, rows, output)
+            if network is not None:
+                networks[form.name] = network
+    print_latencies(networks, rows)
+    if cpp:
+        program = build_cpp(output)
+        print()
+        lesson.show("C++", program)
+        check_cpp(program, output / "lesson.pt2", model)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the page; return its exit status."""
+    chosen = options(argv)
+    return run("deploy", lambda: deploy(chosen.output, chosen.cpp))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
