@@ -27,7 +27,7 @@ def parser(page: str, description: str) -> argparse.ArgumentParser:
 def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
     """Return the checkpoint at `path` on the CPU; where there is none, train and save it first.
 
-    Raises CheckpointError where `path` holds something else.
+    Raises CheckpointError where `path` holds something else, or weights that are no numbers.
     """
     if not path.exists():
         lesson.show("no checkpoint yet", f"training one for {path}")
@@ -35,7 +35,10 @@ def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         lesson.save_checkpoint(path, trained)
         print()
-    return lesson.load_checkpoint(path)
+    checkpoint = lesson.load_checkpoint(path)
+    if not all(weights.isfinite().all() for weights in checkpoint.model.parameters()):
+        raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
+    return checkpoint
 
 
 def run(page: str, body: Callable[[], None]) -> int:

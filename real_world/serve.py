@@ -3,11 +3,11 @@
     python -m real_world.serve [--port 8000] [--workers 2] [--device cuda]
     curl localhost:8000/predict --data '{"features": [[0.5, -1.2, 0.3, 0.8]]}'
 
-    API Request -> Preprocessing -> Tensor Batch -> PyTorch Model -> Logits -> Postprocessing -> Response
+    API Request -> Preprocessing -> Tensor Batch -> PyTorch Model
+        -> Logits -> Postprocessing -> Response
 
-Requests that wait at the same moment share one batch, whoever sent them (dynamic batching): a network
-takes little longer for fifty rows than for one. Everything in a worker happens on one event loop but
-the network, which has a thread of its own, so that the next batch gathers while it works.
+Requests that wait at the same moment share one batch, whoever sent them (dynamic batching), for a
+network takes little longer for fifty rows than for one. A request that is refused never gets there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from torch import nn
 from uvicorn.supervisors import Multiprocess
 
@@ -47,6 +47,7 @@ import lesson_code as lesson
 from real_world import lesson_checkpoint, parser, run
 
 LARGEST_BATCH = 1024  # rows: of a request, and of the requests that share a batch
+LARGEST_VALUE = 1e30  # of a feature; the sums of much larger ones overflow float32, and answer nan
 LARGEST_BODY = 2**20  # bytes; LARGEST_BATCH rows of four full-length decimals take a tenth
 
 NETWORKS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -56,10 +57,10 @@ NETWORKS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]
 }
 
 POWERS_OF_TWO = [2**power for power in range(11)]
-REQUESTS = prometheus_client.Counter("requests", "Answered requests, by HTTP status.", ["status"])
+REFUSALS = prometheus_client.Counter("refusals", "Requests refused, by HTTP status.", ["status"])
 SECONDS = prometheus_client.Histogram(
-    "request_seconds",
-    "From a request's body to its answer.",
+    "answer_seconds",
+    "From a request's head to its answer, of those that were answered.",
     buckets=[0.0001 * power for power in POWERS_OF_TWO],
 )
 BATCH_REQUESTS = prometheus_client.Histogram(
@@ -90,7 +91,8 @@ def preprocess(body: bytes, in_features: int) -> np.ndarray:
             422, f'the body should be like {{"features": {example}}}: {error}'
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
+        reason = str(error) if body else "it is empty"
+        raise HTTPException(400, f"the body is not JSON: {reason}") from None
     if not 1 <= len(rows) <= LARGEST_BATCH:
         raise HTTPException(
             422, f"features has {len(rows)} rows; a request takes 1 to {LARGEST_BATCH}"
@@ -100,15 +102,12 @@ def preprocess(body: bytes, in_features: int) -> np.ndarray:
             raise HTTPException(
                 422, f"features[{index}] has {len(row)} values; the network takes {in_features}"
             )
-    with np.errstate(over="ignore"):
-        features = np.array(rows, dtype=np.float32)
-    if not np.isfinite(features).all():
-        row, column = np.argwhere(~np.isfinite(features))[0]
-        value = rows[row][column]
-        raise HTTPException(
-            422, f"features[{row}][{column}] is {value}, more than float32 can hold"
-        )
-    return features
+    features = np.array(rows)
+    if not (within := np.abs(features) <= LARGEST_VALUE).all():
+        row, column = np.argwhere(~within)[0]
+        value = f"features[{row}][{column}] is {rows[row][column]}"
+        raise HTTPException(422, f"{value}; the network takes values up to {LARGEST_VALUE}")
+    return features.astype(np.float32)
 
 
 # %% Tensor batch -> PyTorch model -> logits
@@ -127,7 +126,6 @@ class Batcher:
         self.waiting: deque[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = deque()
         self.rows = 0  # of all that wait
         self.some, self.enough = asyncio.Event(), asyncio.Event()
-        self.thread = ThreadPoolExecutor(1)
 
     def submit(self, features: np.ndarray) -> asyncio.Future[np.ndarray]:
         """Return what will be the probabilities of `features`, (rows, classes) float32."""
@@ -157,14 +155,13 @@ class Batcher:
 
     async def run(self) -> None:
         """Send batch after batch through the network, until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             batch = await self.gather()
             features = np.concatenate([rows for rows, _ in batch])
             BATCH_REQUESTS.observe(len(batch))
             BATCH_ROWS.observe(len(features))
             try:
-                probabilities = await loop.run_in_executor(self.thread, self.network, features)
+                probabilities = self.network(features)
             except Exception as error:  # told to these requests: the next batch has its own chance
                 for _, future in batch:
                     future.set_exception(error)
@@ -200,26 +197,35 @@ class Settings:
     wait: float
 
 
-async def read(request: Request) -> bytes:
+async def read(receive: Receive) -> bytes:
     """Return the body; raise HTTPException, 413, as soon as it is longer than LARGEST_BODY."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message["body"]
         if len(body) > LARGEST_BODY:
             raise HTTPException(413, f"the body is longer than {LARGEST_BODY:,} bytes")
+        more = message["more_body"]
     return body
 
 
-async def predict(request: Request) -> Response:
-    """Answer POST /predict."""
-    start = time.perf_counter()
-    state = request.app.state
-    features = preprocess(await read(request), state.in_features)
-    probabilities = await state.batcher.submit(features)
-    content = postprocess(probabilities)
-    REQUESTS.labels("200").inc()
-    SECONDS.observe(time.perf_counter() - start)
-    return Response(content, media_type="application/json")
+class Predict:
+    """Answers POST /predict. An ASGI application of its own: Starlette's wrapping costs a third."""
+
+    def __init__(self, batcher: Batcher, in_features: int) -> None:
+        self.batcher = batcher
+        self.in_features = in_features
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take a request through the article's data flow."""
+        start = time.perf_counter()
+        features = preprocess(await read(receive), self.in_features)
+        probabilities = await self.batcher.submit(features)
+        content = postprocess(probabilities)
+        SECONDS.observe(time.perf_counter() - start)
+        await Response(content, media_type="application/json")(scope, receive, send)
 
 
 async def live(request: Request) -> Response:
@@ -247,25 +253,16 @@ async def openapi(request: Request) -> Response:
     return Response(content, media_type="application/json")
 
 
-ROUTES = [
-    Route("/predict", predict, methods=["POST"]),
-    Route("/live", live),
-    Route("/ready", ready),
-    Route("/metrics", metrics),
-    Route("/openapi.json", openapi),
-]
-
-
 async def refuse(request: Request, error: HTTPException) -> Response:
     """Answer what is wrong with a request, in a sentence."""
     sentence = error.detail
     if error.status_code == 404:
-        has = ", ".join(route.path for route in ROUTES)
+        has = ", ".join(route.path for route in request.app.routes)
         sentence = f"there is no {request.url.path} here; there is {has}"
     if error.status_code == 405:
         takes = error.headers["Allow"]
         sentence = f"{request.url.path} takes {takes}, not {request.method}"
-    REQUESTS.labels(str(error.status_code)).inc()
+    REFUSALS.labels(error.status_code).inc()
     content = msgspec.json.encode({"error": sentence})
     return Response(content, error.status_code, error.headers, "application/json")
 
@@ -288,11 +285,13 @@ def application(settings: Settings) -> Starlette:
         logits = network(X)
         return logits.softmax(dim=1).cpu().numpy()
 
+    in_features = model.hidden.in_features
+    batcher = Batcher(probabilities, settings.wait)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        batcher = app.state.batcher = Batcher(probabilities, settings.wait)
         for rows in (1, 2, LARGEST_BATCH):  # compilers and CUDA do their work at the first calls
-            probabilities(np.zeros((rows, app.state.in_features), dtype=np.float32))
+            probabilities(np.zeros((rows, in_features), dtype=np.float32))
         # PyTorch brings a million objects, through which each full collection would look: 100 ms.
         gc.collect()
         gc.freeze()
@@ -303,9 +302,18 @@ def application(settings: Settings) -> Starlette:
         yield
         running.cancel()
 
-    handlers = {HTTPException: refuse, ClientDisconnect: gone}
-    app = Starlette(routes=ROUTES, exception_handlers=handlers, lifespan=lifespan)
-    app.state.in_features = model.hidden.in_features
+    app = Starlette(
+        routes=[
+            Route("/predict", Predict(batcher, in_features), methods=["POST"]),
+            Route("/live", live),
+            Route("/ready", ready),
+            Route("/metrics", metrics),
+            Route("/openapi.json", openapi),
+        ],
+        exception_handlers={HTTPException: refuse, ClientDisconnect: gone},
+        lifespan=lifespan,
+    )
+    app.state.in_features = in_features
     app.state.description = {"network": settings.network, "device": settings.device}
     return app
 
@@ -313,8 +321,36 @@ def application(settings: Settings) -> Starlette:
 # %% Running it
 
 
+def listen(host: str, port: int, shared: bool) -> socket.socket:
+    """Return a socket bound to `host` and `port`; raise OSError, which names them, where it cannot.
+
+    With `shared`, every worker has one of its own and the kernel spreads connections over them. One
+    socket for all would let the worker that wakes up first take a whole burst.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+    return bound
+
+
 class Supervisor(Multiprocess):
-    """uvicorn's, which says in the transcript what becomes of the workers."""
+    """uvicorn's, with a socket for each worker, and a line printed when one is replaced."""
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """What the next worker listens on; that worker alone keeps it, and takes it along."""
+        return [listen(self.config.host, self.config.port, shared=True)]
+
+    @sockets.setter
+    def sockets(self, unused: list[socket.socket]) -> None:
+        pass
 
     def init_processes(self) -> None:
         """Start the workers, and wait until their networks are warm."""
@@ -338,40 +374,36 @@ def serve(
 
     Raises OSError where it cannot listen, CheckpointError, or ClaimError where no worker starts.
     """
-    lesson.heading(
-        "Serve: the network behind HTTP", "API Request -> ... -> PyTorch Model -> ... -> Response"
-    )
+    quote = "API Request -> Preprocessing -> Tensor Batch -> PyTorch Model (GPU) -> Logits -> ..."
+    lesson.heading("Serve: the network behind HTTP", quote)
     model = lesson_checkpoint(checkpoint).model.requires_grad_(False)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-        address = listening.getsockname()
-        lesson.show("network", f"{checkpoint}, {network}, on {device}")
-        lesson.show("listening on", f"http://{host}:{address[1]}")
-        settings = Settings(model, network, device, wait)
-        config = uvicorn.Config(
-            functools.partial(application, settings),
-            factory=True,
-            workers=workers,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=5,  # seconds, for a client that does not finish its request
-            timeout_worker_healthcheck=60,
-        )
-        with tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where the workers count
-            supervisor = Supervisor(config, [listening])
-            supervisor.run()
+    with listen(host, port, shared=False) as alone:  # refused where another server is listening
+        port = alone.getsockname()[1]
+    lesson.show("network", f"{checkpoint}, {network}, on {device}")
+    lesson.show("listening on", f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    config = uvicorn.Config(
+        functools.partial(application, Settings(model, network, device, wait)),
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,  # seconds, for a client that does not finish its request
+        timeout_worker_healthcheck=60,
+    )
+    with tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where the workers count
+        supervisor = Supervisor(config, [])
+        supervisor.run()
     if any(process.exitcode == uvicorn.config.STARTUP_FAILURE for process in supervisor.processes):
         raise lesson.ClaimError("a worker could not start; it says above why")
-    lesson.show("stopped", "every accepted request was answered")
+    lesson.show("stopped", "what was accepted is answered")
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    """Return the service's options, checked; exit with status 2 after one sentence where one is wrong."""
+    """Return the options; exit with status 2, after one sentence, where one is wrong."""
     made = parser("serve", "The lesson's network behind HTTP.")
     port = functools.partial(lesson.whole_number, most=65535)
     positive = functools.partial(lesson.whole_number, least=1, most=1000)
@@ -404,71 +436,44 @@ def main(argv: list[str] | None = None) -> int:
 
 def describe(in_features: int) -> dict:
     """Return the OpenAPI description of the service."""
-    row = {
-        "type": "array",
-        "items": {"type": "number"},
-        "minItems": in_features,
-        "maxItems": in_features,
+
+    def array(items: dict, least: int = 1, most: int = LARGEST_BATCH) -> dict:
+        return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+    def record(**properties: dict) -> dict:
+        closed = {"required": list(properties), "additionalProperties": False}
+        return {"type": "object", "properties": properties, **closed}
+
+    def answer(description: str, schema: dict, media: str = "application/json") -> dict:
+        return {"description": description, "content": {media: {"schema": schema}}}
+
+    def get(summary: str, *answered: object) -> dict:
+        return {"get": {"summary": summary, "responses": {"200": answer(summary, *answered)}}}
+
+    text, refusal = {"type": "string"}, record(error={"type": "string"})
+    value = {"type": "number", "minimum": -LARGEST_VALUE, "maximum": LARGEST_VALUE}
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    prediction = record(**{"class": {"type": "integer"}, "probabilities": array(share)})
+    features = record(features=array(array(value, in_features, in_features)))
+    predict = {
+        "summary": "The class and the probabilities of every row, in order",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": features}}},
+        "responses": {
+            "200": answer("One prediction a row", record(predictions=array(prediction))),
+            "400": answer("Not JSON", refusal),
+            "413": answer("Too long", refusal),
+            "422": answer("JSON, but no features of this network", refusal),
+        },
     }
-    features = {"type": "array", "items": row, "minItems": 1, "maxItems": LARGEST_BATCH}
-    probabilities = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}}
-    prediction = {"class": {"type": "integer", "minimum": 0}, "probabilities": probabilities}
-
-    def answer(description: str, **properties: dict) -> dict:
-        schema = {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-            "additionalProperties": False,
-        }
-        return {"description": description, "content": {"application/json": {"schema": schema}}}
-
-    def refusal(description: str) -> dict:
-        return answer(description, error={"type": "string"})
-
-    item = answer("", **prediction)["content"]["application/json"]["schema"]
-    text = {"type": "string"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "The lesson's network", "version": "1"},
         "paths": {
-            "/predict": {
-                "post": {
-                    "summary": "Class and probabilities of every row, in order",
-                    "requestBody": {"required": True, **answer("", features=features)},
-                    "responses": {
-                        "200": answer(
-                            "One prediction a row", predictions={"type": "array", "items": item}
-                        ),
-                        "400": refusal("Not JSON"),
-                        "413": refusal("Too long"),
-                        "422": refusal("JSON, but not features of this network"),
-                    },
-                }
-            },
-            "/live": {
-                "get": {"summary": "Liveness", "responses": {"200": answer("Live", status=text)}}
-            },
-            "/ready": {
-                "get": {
-                    "summary": "Readiness",
-                    "responses": {"200": answer("Ready", status=text, network=text, device=text)},
-                }
-            },
-            "/metrics": {
-                "get": {
-                    "summary": "Prometheus metrics",
-                    "responses": {"200": {"description": "Metrics", "content": {"text/plain": {}}}},
-                }
-            },
-            "/openapi.json": {
-                "get": {
-                    "summary": "This description",
-                    "responses": {
-                        "200": {"description": "OpenAPI", "content": {"application/json": {}}}
-                    },
-                }
-            },
+            "/predict": {"post": predict},
+            "/live": get("Liveness", record(status=text)),
+            "/ready": get("Readiness", record(status=text, network=text, device=text)),
+            "/metrics": get("What was counted, for Prometheus", text, "text/plain"),
+            "/openapi.json": get("This description", {"type": "object"}),
         },
     }
 

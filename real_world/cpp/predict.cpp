@@ -36,6 +36,7 @@ namespace {
 
 constexpr size_t kReadSize = 1 << 16;     // bytes a read: some 2,000 rows of four features
 constexpr size_t kLongestLine = 1 << 16;  // a file without line ends must not fill the memory
+constexpr double kLargestValue = 1e30;    // the sums of much larger ones overflow float32
 
 std::string_view trim(std::string_view text) {
   constexpr std::string_view blank = " \t\r";
@@ -129,8 +130,8 @@ class Predictor {
       if (error == std::errc::invalid_argument || end != field.end()) {
         return "has '" + shown(field) + "', which is not a number";
       }
-      if (error != std::errc() || !std::isfinite(static_cast<float>(value))) {
-        return "has " + shown(field) + ", which is not a finite float32";
+      if (error != std::errc() || !(std::abs(value) <= kLargestValue)) {  // nan is not, either
+        return "has " + shown(field) + ", the network takes values up to 1e30";
       }
       batch_.push_back(static_cast<float>(value));
     }
