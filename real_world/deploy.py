@@ -1,10 +1,13 @@
-"""The lesson's checkpoint, in the forms in which networks leave Python (the article's Component Architecture).
+"""The lesson's checkpoint in the forms in which networks leave Python.
 
     python -m real_world.deploy          build four forms, hold each against the network, time them
     python -m real_world.deploy --cpp    and build the C++ program that answers from one of them
 
-A form is built, written to a file, loaded back from it and compared. What this machine cannot build
-is said in one line, and the rest goes on.
+The article's "Component Architecture" names TorchScript and torch.compile; beside them stand what
+TorchScript gave way to. A form is built, written to a file, read back from it and compared. What
+this machine cannot build is said in one line, and the rest goes on.
+
+The files hold code: load none that you did not build.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import os
 import statistics
 import subprocess
@@ -24,12 +28,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import nn
 from torch._inductor.exc import InductorError
 from torch._inductor.utils import fresh_cache
-from tqdm import tqdm
+from tqdm import tqdm  # progress, which keeps quiet where nobody watches
 
 import lesson_code as lesson
 from real_world import lesson_checkpoint, parser, run
@@ -106,7 +111,7 @@ def load_aotinductor(path: Path, model: nn.Module) -> Network:
 
 
 def build_executorch(model: nn.Module, path: Path) -> None:
-    """Lower the exported graph to XNNPACK's kernels, and its memory to a plan made ahead of time."""
+    """Lower the exported graph to XNNPACK's kernels, and plan its memory ahead of time."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
@@ -124,7 +129,7 @@ def load_executorch(path: Path, model: nn.Module) -> Network:
 
 @dataclass(frozen=True)
 class Form:
-    """A form of the network: where it runs, its file, and the functions that write and read it."""
+    """A form of the network: its name, where it runs, its file, and what writes and reads that."""
 
     name: str
     runs: str
@@ -134,7 +139,7 @@ class Form:
 
 
 FORMS = (
-    Form("TorchScript", "C++, mobile", "lesson.ts", build_torchscript, load_torchscript),
+    Form("TorchScript", "C++, older phones", "lesson.ts", build_torchscript, load_torchscript),
     Form("torch.compile", "Python", "lesson.compiled", build_compiled, load_compiled),
     Form("AOTInductor", "C++, Python", "lesson.pt2", build_aotinductor, load_aotinductor),
     Form("ExecuTorch", "phones, devices", "lesson.pte", build_executorch, load_executorch),
@@ -184,10 +189,11 @@ def make(form: Form, model: nn.Module, rows: torch.Tensor, output: Path) -> Netw
     except (ImportError, InductorError) as error:
         lesson.show(form.name, f"cannot be built here: {str(error).splitlines()[0]}")
         return None
-    lesson.show(form.name, f"{form.file}, {path.stat().st_size:,} bytes, built in {built:.2f} s")
+    size = f"{path.stat().st_size:,} bytes"
+    lesson.show(form.name, f"{form.file}, {size}, built in {built:.2f} s; for {form.runs}")
     for warning in said:
-        if "deprecated" in warning and "torch.jit" in warning:
-            lesson.show("  works, and PyTorch says", warning)
+        if form.name == "TorchScript" and "torch.jit.script`" in warning:
+            lesson.show("  works; PyTorch says", warning)
     largest = difference(network, model, rows)
     claim = "  read back, against the network"
     lesson.check(claim, f"largest difference {largest:.1e}", largest <= TOLERANCE)
@@ -222,10 +228,8 @@ def print_latencies(networks: dict[str, Network], rows: torch.Tensor) -> None:
     print("\n  Microseconds a call on one thread, and the ratio to eager, by rows in the batch:")
     print(f"    {'':<18}" + "".join(f"{size:>19,}" for size in sizes))
     for name in networks:
-        cells = (
-            f"{measured[name, size] * 1e6:>11.1f}  {measured[name, size] / measured[eager, size]:>4.2f} x"
-            for size in sizes
-        )
+        times = ((measured[name, size], measured[eager, size]) for size in sizes)
+        cells = (f"{time * 1e6:>11.1f}  {time / base:>4.2f} x" for time, base in times)
         print(f"    {name:<18}" + "".join(cells))
 
 
@@ -262,27 +266,25 @@ def as_csv(rows: torch.Tensor) -> str:
 
 
 def ask_cpp(program: Path, package: Path, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the classes, (rows,) int64, and probabilities, (rows, classes), of the C++ program."""
-    done = subprocess.run(
-        [program, package], input=text, capture_output=True, text=True, check=True
-    )
-    answers = torch.tensor(
-        [[float(value) for value in row] for row in csv.reader(io.StringIO(done.stdout))]
-    )
-    return answers[:, 1].long(), answers[:, 2:]
+    """Return what the C++ program answers to the CSV `text`.
+
+    The classes, (rows,) int64, and the probabilities, (rows, classes) float32.
+    """
+    command = [program, package]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    answers = [[float(value) for value in row] for row in csv.reader(io.StringIO(done.stdout))]
+    return torch.tensor(answers)[:, 1].long(), torch.tensor(answers)[:, 2:]
 
 
-def python_loop(model: nn.Module, lines: Iterator[str], write: Callable[[str], object]) -> None:
+def answer_in_python(model: nn.Module, lines: TextIO, output: TextIO) -> None:
     """Do in Python, with the eager network, what the C++ program does: CSV in, CSV out."""
-    first = 1
-    while batch := [row for _, row in zip(range(2000), csv.reader(lines))]:
-        classes, probabilities = lesson.predict(
-            model, [[float(value) for value in row] for row in batch]
-        )
-        answers = zip(classes.tolist(), probabilities.tolist(), strict=True)
-        for line, (label, shares) in enumerate(answers, first):
-            write(f"{line},{label},{','.join(map(repr, shares))}\n")
-        first += len(batch)
+    numbers = itertools.count(1)
+    reader = csv.reader(lines)
+    while batch := list(itertools.islice(reader, 2000)):  # as many as the C++ program reads at once
+        features = [[float(value) for value in row] for row in batch]
+        classes, probabilities = lesson.predict(model, features)
+        for label, shares in zip(classes.tolist(), probabilities.tolist(), strict=True):
+            output.write(f"{next(numbers)},{label},{','.join(map(repr, shares))}\n")
 
 
 def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
@@ -292,27 +294,23 @@ def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
     cpp_classes, cpp_probabilities = ask_cpp(program, package, as_csv(rows))
     largest = (cpp_probabilities - probabilities).abs().max().item()
     same = torch.equal(cpp_classes, classes) and largest <= 1e-6
-    lesson.check(
-        "  1,000 rows, against predict", f"same classes, probabilities to {largest:.1e}", same
-    )
+    measured = f"same classes, probabilities to {largest:.1e}"
+    lesson.check("  1,000 rows, against predict", measured, same)
 
     text = as_csv(rows) * 300
     times: dict[str, list[float]] = {"C++": [], "Python": []}
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run(
-            [program, package], input=text, stdout=subprocess.DEVNULL, text=True, check=True
-        )
-        times["C++"].append(time.perf_counter() - start)
+    for _ in tqdm(range(5), "timing C++ and Python", leave=False, disable=None):
         with open(os.devnull, "w") as nowhere:
             start = time.perf_counter()
-            python_loop(model, io.StringIO(text), nowhere.write)
+            subprocess.run([program, package], input=text, stdout=nowhere, text=True, check=True)
+            times["C++"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            answer_in_python(model, io.StringIO(text), nowhere)
             times["Python"].append(time.perf_counter() - start)
-    cpp, python = (statistics.median(times[name]) for name in ("C++", "Python"))
-    count = text.count("\n")
-    lesson.show("  rows a second, CSV to CSV", f"{count / cpp:,.0f}, its start included")
+    cpp, python = (text.count("\n") / statistics.median(seconds) for seconds in times.values())
+    lesson.show("  rows a second, CSV to CSV", f"{cpp:,.0f}, with the start of the program")
     lesson.show(
-        "  the same in Python, eager", f"{count / python:,.0f}: C++ is {python / cpp:.1f} x as fast"
+        "  the same loop in Python, eager", f"{python:,.0f}: C++ is {cpp / python:.1f} x as fast"
     )
 
 
@@ -320,50 +318,51 @@ def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    """Return the page's options."""
+    """Return the options; exit with status 2, after one sentence, where one is wrong."""
     made = parser("deploy", "The lesson's checkpoint in four forms that leave Python.")
-    made.add_argument(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        default=lesson.CHECKPOINTS,
-        help="default: checkpoints/",
-    )
+    output = {"type": Path, "default": lesson.CHECKPOINTS, "help": "default: checkpoints/"}
+    made.add_argument("--output", metavar="DIR", **output)
     made.add_argument("--cpp", action="store_true", help="also build and check the C++ program")
     return made.parse_args(argv)
 
 
-@torch.inference_mode()
 def deploy(output: Path, cpp: bool) -> None:
-    """Build, check and time every form of the checkpoint `lesson.pt` in `output`."""
+    """Build, check and time every form of the checkpoint `lesson.pt` in `output`.
+
+    Raises ClaimError where a form answers something else, OSError where C++ cannot be built.
+    """
     quote = "TorchScript mode compiles models into a portable intermediate representation"
     lesson.heading("Deploy: one checkpoint, four forms", quote)
     output.mkdir(parents=True, exist_ok=True)
     model = lesson_checkpoint(output / "lesson.pt").model.requires_grad_(False).eval()
     torch.set_num_threads(1)  # a few rows are done before a second thread has woken up
-    rows = torch.randn(
-        LARGEST_BATCH, model.hidden.in_features, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(LARGEST_BATCH, model.hidden.in_features, generator=generator)
     networks: dict[str, Network] = {"eager": model}
-    with tqdm(FORMS, leave=False, disable=None) as bar:
-        for form in bar:
-            bar.set_description(f"building {form.name}")
-            with bar.external_write_mode():
-                network = make(form, model, rows, output)
-            if network is not None:
-                networks[form.name] = network
-    print_latencies(networks, rows)
-    if cpp:
-        program = build_cpp(output)
-        print()
-        lesson.show("C++", program)
-        check_cpp(program, output / "lesson.pt2", model)
+    with torch.inference_mode():
+        with tqdm(FORMS, leave=False, disable=None) as bar:
+            for form in bar:
+                bar.set_description(f"building {form.name}")
+                with bar.external_write_mode():
+                    network = make(form, model, rows, output)
+                if network is not None:
+                    networks[form.name] = network
+        print_latencies(networks, rows)
+    if not cpp:
+        return
+    package = output / "lesson.pt2"
+    if "AOTInductor" not in networks:
+        raise OSError(f"the C++ program answers from {package}, which could not be built")
+    print()
+    program = build_cpp(output)
+    lesson.show("C++", f"{program}, from lesson.pt2")
+    check_cpp(program, package, model)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the page; return its exit status."""
     chosen = options(argv)
-    return run("deploy", lambda: deploy(chosen.output, chosen.cpp))
+    return run("deploy", lambda: deploy(**vars(chosen)))
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ async def refuse(request: Request, error: HTTPException) -> Response:
         has = ", ".join(route.path for route in request.app.routes)
         sentence = f"there is no {request.url.path} here; there is {has}"
     if error.status_code == 405:
-        takes = error.headers["Allow"]
+        takes = ", ".join(sorted(error.headers["Allow"].split(", ")))
         sentence = f"{request.url.path} takes {takes}, not {request.method}"
     REFUSALS.labels(error.status_code).inc()
     content = msgspec.json.encode({"error": sentence})
@@ -391,7 +391,7 @@ def serve(
         access_log=False,
         proxy_headers=False,
         timeout_graceful_shutdown=5,  # seconds, for a client that does not finish its request
-        timeout_worker_healthcheck=60,
+        timeout_worker_healthcheck=30,  # that a worker may take to import PyTorch on a busy machine
     )
     with tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where the workers count
