@@ -19,7 +19,8 @@ import lesson_code as lesson
 
 def parser(page: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of the page's options that refuses a wrong one in one sentence."""
-    made = argparse.ArgumentParser(prog=f"python -m real_world.{page}", description=description)
+    prog = f"python -m real_world.{page}"
+    made = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     made.error = lambda message: made.exit(2, f"{page}: {message}\n")  # no usage lines
     return made
 

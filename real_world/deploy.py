@@ -85,9 +85,9 @@ def load_compiled(path: Path, model: nn.Module) -> Network:
         return compiled(model)
 
 
-def exported(model: nn.Module) -> torch.export.ExportedProgram:
-    """Return the graph of `model` for any batch from 1 to LARGEST_BATCH rows."""
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+def exported(model: nn.Module, most: int | None = None) -> torch.export.ExportedProgram:
+    """Return the graph of `model` for a batch of 1 to `most` rows, or of any number."""
+    batch = torch.export.Dim("batch", min=1, max=most)
     example = (torch.zeros(2, model.hidden.in_features),)
     return torch.export.export(model, example, dynamic_shapes=({0: batch},))
 
@@ -111,11 +111,12 @@ def load_aotinductor(path: Path, model: nn.Module) -> Network:
 
 
 def build_executorch(model: nn.Module, path: Path) -> None:
-    """Lower the exported graph to XNNPACK's kernels, and plan its memory ahead of time."""
+    """Lower the exported graph to XNNPACK's kernels, its memory planned for LARGEST_BATCH rows."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    lowered = to_edge_transform_and_lower(exported(model), partitioner=[XnnpackPartitioner()])
+    program = exported(model, LARGEST_BATCH)
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path.write_bytes(lowered.to_executorch().buffer)
 
 

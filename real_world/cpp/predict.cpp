@@ -24,6 +24,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <optional>
@@ -70,11 +71,6 @@ class Predictor {
     }
   }
 
-  void take_too_long() {
-    ++line_;
-    complain("is longer than " + std::to_string(kLongestLine) + " bytes");
-  }
-
   // Tensor batch -> network -> logits -> probabilities -> answers, for the rows taken since the last.
   void answer() {
     if (lines_.empty()) return;
@@ -117,6 +113,9 @@ class Predictor {
 
   std::optional<std::string> parse(std::string_view line) {
     if (line.empty()) return "is empty";
+    if (line.size() > kLongestLine) {
+      return "is longer than " + std::to_string(kLongestLine) + " bytes";
+    }
     int64_t count = 0;
     for (bool more = true; more; ++count) {
       const size_t comma = line.find(',');
@@ -130,7 +129,10 @@ class Predictor {
       if (error == std::errc::invalid_argument || end != field.end()) {
         return "has '" + shown(field) + "', which is not a number";
       }
-      if (error != std::errc() || !(std::abs(value) <= kLargestValue)) {  // nan is not, either
+      if (error == std::errc::result_out_of_range) {  // so small that it is 0, or so large
+        value = std::strtod(std::string(field).c_str(), nullptr);
+      }
+      if (!(std::abs(value) <= kLargestValue)) {  // nan is not, either
         return "has " + shown(field) + ", the network takes values up to 1e30";
       }
       batch_.push_back(static_cast<float>(value));
@@ -208,7 +210,7 @@ int main(int argc, char** argv) {
     }
     if (!skipping) pending += arrived;
     if (pending.size() > kLongestLine) {
-      predictor->take_too_long();
+      predictor->take(pending);
       pending.clear();
       skipping = true;
     }
