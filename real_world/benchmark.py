@@ -1,0 +1,254 @@
+"""Every ratio that `real_world/README.md` quotes, measured side by side in one run.
+
+    python -m real_world.benchmark            all entries
+    python -m real_world.benchmark service    one
+
+What is compared is timed alternately, round after round, and reported as medians: another process
+that wakes up then slows all alike. Results go to `docs/benchmark.json`, charts beside it, and
+tables into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import lesson_code as lesson
+from real_world import lesson_checkpoint, parser, run
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "benchmark.json"
+README = ROOT / "real_world" / "README.md"
+
+
+# %% The service against a plain endpoint
+
+
+def plain_endpoint() -> FastAPI:
+    """Return what a tutorial would write: FastAPI, and the network called inside the request."""
+    from fastapi import Body, FastAPI
+
+    model = lesson.load_checkpoint(lesson.CHECKPOINTS / "lesson.pt").model
+    app = FastAPI()
+
+    @app.post("/predict")
+    async def predict(features: list[list[float]] = Body(embed=True)) -> dict:  # noqa: B008
+        classes, probabilities = lesson.predict(model, features)
+        return {"classes": classes.tolist(), "probabilities": probabilities.tolist()}
+
+    return app
+
+
+@contextlib.contextmanager
+def started(module: str, *options: str) -> Iterator[str]:
+    """Run `python -m module` on a free port until the block ends; yield the URL that it prints."""
+    command = [sys.executable, "-m", module, "--port", "0", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as server:
+        said = ""
+        try:
+            while not (found := re.search(r"http://[\d.]+:\d+", said)):
+                if not (line := server.stdout.readline()):
+                    raise OSError(f"{module} ended; it said: {said}")
+                said += line
+            yield found[0]
+        finally:
+            server.terminate()
+
+
+# wrk, a load generator in C, takes little of the two cores that it shares with the server.
+SCRIPT = """
+wrk.method = "POST"
+wrk.body = '{"features": [[0.5, -1.2, 0.3, 0.8]]}'
+wrk.headers["Content-Type"] = "application/json"
+function done(summary, latency, requests)
+  local errors = summary.errors
+  local bad = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+  io.write(string.format('{"rate": %f, "p50": %f, "p99": %f, "errors": %d}',
+    summary.requests / summary.duration * 1e6,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3, bad))
+end
+"""
+
+
+def load(url: str, connections: int, seconds: int) -> dict[str, float]:
+    """Return requests a second, the p50 and p99 latency in milliseconds, and the errors."""
+    if not shutil.which("wrk"):
+        raise OSError("this entry needs wrk: apt install wrk, or brew install wrk")
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(SCRIPT)
+        script.flush()
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", script.name]
+        done = subprocess.run([*command, f"{url}/predict"], capture_output=True, check=True)
+    return json.loads(done.stdout[done.stdout.rindex(b"{") :])
+
+
+def until_answered(url: str) -> None:
+    """Wait until the endpoint at `url` answers: its workers import PyTorch first."""
+    body = b'{"features": [[0.5, -1.2, 0.3, 0.8]]}'
+    request = urllib.request.Request(f"{url}/predict", body, {"Content-Type": "application/json"})
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(request, timeout=60).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise OSError(f"{url} does not answer")
+
+
+CONNECTIONS = (1, 32, 128)
+
+
+def service(rounds: int = 5, seconds: int = 3) -> dict[str, Any]:
+    """Load `serve` and a plain FastAPI endpoint, in turn; return the medians by connections."""
+    lesson_checkpoint(lesson.CHECKPOINTS / "lesson.pt")
+    plain = ("uvicorn", "--factory", "real_world.benchmark:plain_endpoint", "--no-access-log")
+    cores = str(os.cpu_count())
+    servers = {
+        f"serve, {cores} workers": ("real_world.serve", "--workers", cores),
+        "serve, 1 worker": ("real_world.serve", "--workers", "1"),
+        "FastAPI, 1 worker": plain,
+        f"FastAPI, {cores} workers": (*plain, "--workers", cores),
+    }
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    with contextlib.ExitStack() as stack:
+        urls = {name: stack.enter_context(started(*server)) for name, server in servers.items()}
+        for url in urls.values():
+            until_answered(url)
+        turns = list(itertools.product(range(rounds), CONNECTIONS, urls.items()))
+        for _, connections, (name, url) in tqdm(turns, "service", leave=False, disable=None):
+            runs.setdefault((name, connections), []).append(load(url, connections, seconds))
+    results: dict[str, Any] = {name: {} for name in servers}
+    for (name, connections), measured in runs.items():
+        columns = {key: [round(run[key], 3) for run in measured] for key in measured[0]}
+        medians = {key: statistics.median(values) for key, values in columns.items()}
+        lowest, highest = min(columns["rate"]), max(columns["rate"])
+        spread = {"lowest": lowest, "highest": highest, "errors": sum(columns["errors"])}
+        results[name][str(connections)] = medians | spread
+    return results
+
+
+def service_table(results: dict[str, Any]) -> str:
+    """Return the README's table of `service`'s results."""
+    base = results["FastAPI, 1 worker"]
+    lines = ["| connections | server | requests a second | ratio | p50 | p99 | errors |"]
+    lines.append("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for connections in base:
+        for name, measured in ((name, by[connections]) for name, by in results.items()):
+            rate = (
+                f"{measured['rate']:,.0f} ({measured['lowest']:,.0f} to {measured['highest']:,.0f})"
+            )
+            ratio = f"{measured['rate'] / base[connections]['rate']:.2f} x"
+            latency = f"{measured['p50']:.2f} ms | {measured['p99']:.2f} ms"
+            row = (connections, name, rate, ratio, latency, f"{measured['errors']:.0f}")
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def service_chart(results: dict[str, Any], path: Path) -> None:
+    """Draw throughput and tail latency by the number of connections, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    rates, tails = figure.subplots(1, 2)
+    styles = (("#0969da", "o-"), ("#0969da", "o--"), ("#cf222e", "s--"), ("#cf222e", "s-"))
+    for (name, by), (color, style) in zip(results.items(), styles, strict=True):
+        look = {"color": color, "label": name, "mfc": "white" if "--" in style else color}
+        rates.plot(list(by), [by[c]["rate"] for c in by], style, **look)
+        tails.plot(list(by), [by[c]["p99"] for c in by], style, **look)
+    rates.set(title="Throughput", xlabel="connections", ylabel="requests a second", ylim=0)
+    tails.set(
+        title="99 of 100 are answered within", xlabel="connections", ylabel="ms", yscale="log"
+    )
+    for axes in (rates, tails):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path)
+
+
+# %% Running it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is measured, and how it is shown in the README and in a picture."""
+
+    measure: Callable[[], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    chart: Callable[[dict[str, Any], Path], None]
+
+
+ENTRIES = {"service": Entry(service, service_table, service_chart)}
+
+
+def with_tables(readme: str, results: dict[str, Any]) -> str:
+    """Return `readme` with the table of each entry between its two marks."""
+    for name, entry in ENTRIES.items():
+        begin, end = f"<!-- benchmark {name} -->\n", "\n<!-- end -->"
+        head, rest = readme.split(begin)
+        readme = head + begin + entry.table(results[name]["results"]) + rest[rest.index(end) :]
+    return readme
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "uvicorn", "fastapi")}
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    cpu = {"processor": found[1] if found else platform.processor(), "cores": os.cpu_count()}
+    return {**cpu, "system": platform.platform(), "python": platform.python_version(), **versions}
+
+
+def benchmark(names: list[str]) -> None:
+    """Measure the entries; write their results, tables and charts."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names:
+        lesson.heading(f"Benchmark: {name}", str(ENTRIES[name].measure.__doc__).split("\n")[0])
+        measured = ENTRIES[name].measure()
+        results[name] = {"machine": machine(), "results": measured}
+        print(ENTRIES[name].table(measured))
+        ENTRIES[name].chart(measured, RESULTS.with_name(f"{name}.png"))
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    README.write_text(with_tables(README.read_text(), results))
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options; exit with status 2, after one sentence, where one is wrong."""
+    made = parser("benchmark", "What the README quotes, measured side by side.")
+    made.add_argument("names", metavar="ENTRY", nargs="*", help=f"of {', '.join(ENTRIES)}")
+    chosen = made.parse_args(argv)
+    if unknown := set(chosen.names) - ENTRIES.keys():
+        made.error(f"there is no entry {unknown.pop()!r}; there is {', '.join(ENTRIES)}")
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the page; return its exit status."""
+    chosen = options(argv)
+    return run("benchmark", lambda: benchmark(chosen.names or list(ENTRIES)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
