@@ -32,7 +32,7 @@ from typing import TextIO
 
 import torch
 from torch import nn
-from torch._inductor.exc import InductorError
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache
 from tqdm import tqdm  # progress, which keeps quiet where nobody watches
 
@@ -187,8 +187,9 @@ def make(form: Form, model: nn.Module, rows: torch.Tensor, output: Path) -> Netw
             built = time.perf_counter() - start
             os.replace(Path(folder, path.name), path)  # whole, or not at all
             network = form.load(path, model)
-    except (ImportError, InductorError) as error:
-        lesson.show(form.name, f"cannot be built here: {str(error).splitlines()[0]}")
+    except (ImportError, BackendCompilerFailed) as error:
+        reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
+        lesson.show(form.name, f"cannot be built here: {reason}")
         return None
     size = f"{path.stat().st_size:,} bytes"
     lesson.show(form.name, f"{form.file}, {size}, built in {built:.2f} s; for {form.runs}")

@@ -603,6 +603,14 @@ def test_a_wrong_option_gets_one_sentence_and_status_2(options, sentence):
     assert sentence in error
 
 
+def test_without_a_compiler_a_compiled_network_gets_a_sentence(checkpoint, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    options = ("--port", "0", "--network", "compile", "--checkpoint", str(checkpoint))
+    status, error = refused(*options)
+    assert (status, error.count("\n")) == (1, 1)
+    assert error.startswith("serve: --network compile cannot be built: No working")
+
+
 def test_without_a_checkpoint_it_trains_the_lessons_network_first(tmp_path):
     path = tmp_path / "new" / "lesson.pt"
     with Server("--workers", "1", "--checkpoint", str(path)) as running:
