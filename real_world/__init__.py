@@ -25,13 +25,19 @@ def parser(page: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
+def shown(path: Path) -> Path:
+    """Return `path` as a transcript shows it: from here, where it is below."""
+    path, here = path.resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
     """Return the checkpoint at `path` on the CPU; where there is none, train and save it first.
 
     Raises CheckpointError where `path` holds something else, or weights that are no numbers.
     """
     if not path.exists():
-        lesson.show("no checkpoint yet", f"training one for {path}")
+        lesson.show("no checkpoint yet", f"training one for {shown(path)}")
         trained, _ = lesson.trained(0, torch.device("cpu"), 100)
         path.parent.mkdir(parents=True, exist_ok=True)
         lesson.save_checkpoint(path, trained)

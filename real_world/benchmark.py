@@ -5,7 +5,7 @@
 
 What is compared is timed alternately, round after round, and reported as medians: another process
 that wakes up then slows all alike. Results go to `docs/benchmark.json`, charts beside it, and
-tables into the README.
+headlines and tables into the README.
 """
 
 from __future__ import annotations
@@ -151,6 +151,13 @@ def service(rounds: int = 5, seconds: int = 3) -> dict[str, Any]:
     return results
 
 
+def service_headline(results: dict[str, Any]) -> str:
+    """Return what the README's table of claims says of `service`."""
+    ours, plain = (next(iter(results.values()))["128"], results["FastAPI, 1 worker"]["128"])
+    times = f"{ours['rate'] / plain['rate']:.1f} times the requests of a plain FastAPI endpoint"
+    return f"{times}, 99 of 100 within {ours['p99']:.0f} ms instead of {plain['p99']:.0f}"
+
+
 def service_table(results: dict[str, Any]) -> str:
     """Return the README's table of `service`'s results."""
     base = results["FastAPI, 1 worker"]
@@ -197,19 +204,24 @@ class Entry:
     """What is measured, and how it is shown in the README and in a picture."""
 
     measure: Callable[[], dict[str, Any]]
+    headline: Callable[[dict[str, Any]], str]
     table: Callable[[dict[str, Any]], str]
     chart: Callable[[dict[str, Any], Path], None]
 
 
-ENTRIES = {"service": Entry(service, service_table, service_chart)}
+ENTRIES = {"service": Entry(service, service_headline, service_table, service_chart)}
 
 
-def with_tables(readme: str, results: dict[str, Any]) -> str:
-    """Return `readme` with the table of each entry between its two marks."""
+def with_results(readme: str, results: dict[str, Any]) -> str:
+    """Return `readme` with what each entry says of itself between its marks."""
     for name, entry in ENTRIES.items():
-        begin, end = f"<!-- benchmark {name} -->\n", "\n<!-- end -->"
-        head, rest = readme.split(begin)
-        readme = head + begin + entry.table(results[name]["results"]) + rest[rest.index(end) :]
+        measured = results[name]["results"]
+        for mark, text in (
+            (f"<!-- headline {name} -->", entry.headline(measured)),
+            (f"<!-- table {name} -->", f"\n{entry.table(measured)}\n"),
+        ):
+            head, rest = readme.split(mark)
+            readme = head + mark + text + rest[rest.index("<!-- end -->") :]
     return readme
 
 
@@ -231,7 +243,7 @@ def benchmark(names: list[str]) -> None:
         print(ENTRIES[name].table(measured))
         ENTRIES[name].chart(measured, RESULTS.with_name(f"{name}.png"))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    README.write_text(with_tables(README.read_text(), results))
+    README.write_text(with_results(README.read_text(), results))
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:

@@ -37,7 +37,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm  # progress, which keeps quiet where nobody watches
 
 import lesson_code as lesson
-from real_world import lesson_checkpoint, parser, run
+from real_world import lesson_checkpoint, parser, run, shown
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 """Features, (batch, in_features) float32, to logits, (batch, classes) float32."""
@@ -195,7 +195,7 @@ def make(form: Form, model: nn.Module, rows: torch.Tensor, output: Path) -> Netw
     lesson.show(form.name, f"{form.file}, {size}, built in {built:.2f} s; for {form.runs}")
     for warning in said:
         if form.name == "TorchScript" and "torch.jit.script`" in warning:
-            lesson.show("  works; PyTorch says", warning)
+            print(f'    it works, and warns: "{warning}"')
     largest = difference(network, model, rows)
     claim = "  read back, against the network"
     lesson.check(claim, f"largest difference {largest:.1e}", largest <= TOLERANCE)
@@ -357,7 +357,7 @@ def deploy(output: Path, cpp: bool) -> None:
         raise OSError(f"the C++ program answers from {package}, which could not be built")
     print()
     program = build_cpp(output)
-    lesson.show("C++", f"{program}, from lesson.pt2")
+    lesson.show("C++", f"{shown(program)}, which reads lesson.pt2")
     check_cpp(program, package, model)
 
 

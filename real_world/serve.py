@@ -33,7 +33,9 @@ import msgspec  # JSON and its schema in one pass, the fastest of its kind
 import numpy as np
 import prometheus_client.multiprocess  # adds up what several processes count
 import torch
-import uvicorn  # HTTP, the worker processes, their replacement, and the orderly end
+import uvicorn  # HTTP, workers, their replacement, an orderly end; mosec, made for this, is faster
+
+# still, but has one status for a whole batch: a bad request would fail those that share its batch.
 from starlette.applications import Starlette  # routes
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -45,7 +47,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from uvicorn.supervisors import Multiprocess
 
 import lesson_code as lesson
-from real_world import lesson_checkpoint, parser, run
+from real_world import lesson_checkpoint, parser, run, shown
 
 LARGEST_BATCH = 1024  # rows: of a request, and of the requests that share a batch
 LARGEST_VALUE = 1e30  # of a feature; the sums of much larger ones overflow float32, and answer nan
@@ -415,7 +417,7 @@ def serve(
         except BackendCompilerFailed as error:
             reason = str(error.inner_exception).splitlines()[0]
             raise lesson.ClaimError(f"--network {network} cannot be built: {reason}") from None
-    lesson.show("network", f"{checkpoint}, {network}, on {device}")
+    lesson.show("network", f"{shown(checkpoint)}, {network}, on {device}")
     lesson.show("listening on", f"http://{f'[{host}]' if ':' in host else host}:{port}")
     config = uvicorn.Config(
         functools.partial(application, settings),
