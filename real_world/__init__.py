@@ -7,9 +7,12 @@ no page imports another. Here is only what all of them start with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +49,24 @@ def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
     if not all(weights.isfinite().all() for weights in checkpoint.model.parameters()):
         raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
     return checkpoint
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Keep back what libraries say on standard error, in C++ too; yield the list of warnings."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    said: list[str] = []
+    with tempfile.TemporaryFile() as log, warnings.catch_warnings(record=True) as caught:
+        os.dup2(log.fileno(), 2)  # C++ knows nothing of sys.stderr
+        warnings.simplefilter("always")
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            said += dict.fromkeys(str(warning.message) for warning in caught)
 
 
 def run(page: str, body: Callable[[], None]) -> int:

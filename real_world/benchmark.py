@@ -30,10 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world import lesson_checkpoint, parser, run
+from real_world import distributed, lesson_checkpoint, parser, run
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -196,6 +199,99 @@ def service_chart(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+# %% The scaling of distributed
+
+
+def scaling_worker(network: str, samples: int, steps: int) -> None:
+    """Train on this process's share of `samples`; rank 0 prints the seconds of a step."""
+    torch.set_num_threads(1)
+    group = distributed.join({}, "gloo", "cpu", seconds=60)
+    model = distributed.wide_network(0) if network == "wide" else lesson.SimpleClassifier()
+    width = next(model.parameters()).shape[1]
+    X, y = lesson.make_synthetic_data(samples, width, 3)
+    own = distributed.share(samples, group.rank, group.world)
+    copy = DistributedDataParallel(model) if group.world > 1 else model
+    optimizer = torch.optim.Adam(copy.parameters(), lr=0.001)
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        start = time.perf_counter()
+        lesson.train(copy, X[own], y[own], optimizer=optimizer, epochs=steps)
+        times.append((time.perf_counter() - start) / steps)
+    print(json.dumps(statistics.median(times[1:])), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+SCALES = {  # network, samples, steps, processes
+    "wide network, 4,096 samples": ("wide", 4096, 2, 1),
+    "the same work on 2 processes": ("wide", 4096, 2, 2),
+    "twice the work on 2 processes": ("wide", 8192, 2, 2),
+    "the lesson's, 100 samples": ("lesson", 100, 200, 1),
+    "the lesson's on 2 processes": ("lesson", 100, 200, 2),
+}
+
+
+def scaling(rounds: int = 3) -> dict[str, Any]:
+    """Time a training step on one process and on two, a thread each, in turn; return medians."""
+    runs: dict[str, list[float]] = {}
+    turns = list(itertools.product(range(rounds), SCALES.items()))
+    for _, (name, (*work, processes)) in tqdm(turns, "scaling", leave=False, disable=None):
+        call = f"from real_world import benchmark; benchmark.scaling_worker(*{work})"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *torchrun, "--no-python", sys.executable, "-c", call]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, check=True)
+        runs.setdefault(name, []).append(json.loads(done.stdout))
+    return {
+        name: {"seconds": statistics.median(times), "lowest": min(times), "highest": max(times)}
+        for name, times in runs.items()
+    }
+
+
+def scaling_ratios(results: dict[str, Any]) -> tuple[float, float, float]:
+    """Return what two processes gain on the same work, on twice the work, and on the lesson's."""
+    one, strong, weak, small, small_two = (measured["seconds"] for measured in results.values())
+    return one / strong, 2 * one / weak, small / small_two
+
+
+def scaling_headline(results: dict[str, Any]) -> str:
+    """Return what the README's table of claims says of `scaling`."""
+    strong, weak, small = scaling_ratios(results)
+    grown = f"{strong:.2f} times the speed on the same work, {weak:.2f} times on twice the work"
+    return f"{grown}; at the lesson's own size {small:.2f} times: there it loses"
+
+
+def scaling_table(results: dict[str, Any]) -> str:
+    """Return the README's table of `scaling`'s results."""
+    strong, weak, small = scaling_ratios(results)
+    gains = ("", f"{strong:.2f} x", f"{weak:.2f} x", "", f"{small:.2f} x")
+    lines = ["| a training step of | takes | work done in the time, against one process |"]
+    lines.append("| --- | ---: | ---: |")
+    for (name, measured), gain in zip(results.items(), gains, strict=True):
+        spread = " to ".join(f"{measured[key] * 1000:,.2f}" for key in ("lowest", "highest"))
+        lines.append(f"| {name} | {measured['seconds'] * 1000:,.2f} ms ({spread}) | {gain} |")
+    return "\n".join(lines)
+
+
+def scaling_chart(results: dict[str, Any], path: Path) -> None:
+    """Draw what two processes gain, beside what two cores could give, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    names = ("the same work", "twice the work", "the lesson's size")
+    gains = scaling_ratios(results)
+    bars = axes.barh(names, gains, color=["#0969da" if gain > 1 else "#cf222e" for gain in gains])
+    axes.bar_label(bars, [f"{gain:.2f} x" for gain in gains], padding=4)
+    axes.axvline(1, color="#6e7781", lw=1)
+    axes.axvline(2, color="#6e7781", lw=1, ls=":")
+    axes.set(title="Two processes against one", xlabel="times the speed", xlim=(0, 2.3))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 # %% Running it
 
 
@@ -209,7 +305,10 @@ class Entry:
     chart: Callable[[dict[str, Any], Path], None]
 
 
-ENTRIES = {"service": Entry(service, service_headline, service_table, service_chart)}
+ENTRIES = {
+    "service": Entry(service, service_headline, service_table, service_chart),
+    "scaling": Entry(scaling, scaling_headline, scaling_table, scaling_chart),
+}
 
 
 def with_results(readme: str, results: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ The files hold code: load none that you did not build.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import io
 import itertools
@@ -24,8 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -37,7 +35,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm  # progress, which keeps quiet where nobody watches
 
 import lesson_code as lesson
-from real_world import lesson_checkpoint, parser, run, shown
+from real_world import lesson_checkpoint, parser, quiet, run, shown
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 """Features, (batch, in_features) float32, to logits, (batch, classes) float32."""
@@ -148,24 +146,6 @@ FORMS = (
 
 
 # %% Building and comparing
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Keep back what compilers and runtimes say on standard error; yield the list of warnings."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    said: list[str] = []
-    with tempfile.TemporaryFile() as log, warnings.catch_warnings(record=True) as caught:
-        os.dup2(log.fileno(), 2)  # C++ knows nothing of sys.stderr
-        warnings.simplefilter("always")
-        try:
-            yield said
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            said += dict.fromkeys(str(warning.message) for warning in caught)
 
 
 def difference(network: Network, model: nn.Module, rows: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lesson_code as lesson
-from real_world import deploy
+from real_world import deploy, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "real_world.deploy"]
@@ -55,7 +55,7 @@ def test_every_form_is_built_and_answers_as_the_network_does(deployed):
 
 @pytest.mark.parametrize("form", deploy.FORMS, ids=lambda form: form.name)
 def test_a_form_read_from_its_file_takes_batches_of_any_size(deployed, model, form):
-    with torch.inference_mode(), deploy.quiet():
+    with torch.inference_mode(), quiet():
         network = form.load(deployed[0] / form.file, model)
         for rows in (1, 2, 63, 1024):
             X = torch.randn(rows, 4)

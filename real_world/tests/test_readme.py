@@ -72,12 +72,19 @@ def test_from_training_to_an_answer_by_copying_lines(console):
                 assert found == expected
 
 
-def test_the_transcript_is_what_deploy_prints(console):
-    """Letter for letter, but for the numbers, which are times and sizes of one run."""
-    shown = README.split("```text\n")[1].split("```")[0]
-    printed = next(both[1] for line, both in console.items() if "real_world.deploy" in line)
-    shown, printed = (re.sub(r" +", " ", NUMBER.sub("#", t.strip())) for t in (shown, printed))
-    assert printed == shown
+def masked(text: str) -> str:
+    """Return `text` without its numbers, which are times, sizes and process ids of one run."""
+    return re.sub(r" +", " ", NUMBER.sub("#", text.strip()))
+
+
+@pytest.mark.parametrize(
+    ("block", "line"),
+    enumerate(["real_world.deploy --cpp", "2 -m real_world.distributed", "--fsdp load"]),
+)
+def test_a_transcript_is_what_its_page_prints(console, block, line):
+    shown = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[block]
+    printed = next(printed for ran, (_, printed) in console.items() if ran.endswith(line))
+    assert masked(shown) in masked(printed)
 
 
 def test_what_was_measured_is_what_the_readme_says():

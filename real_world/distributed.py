@@ -1,0 +1,542 @@
+"""The lesson's train(), unchanged, on as many processes as there are.
+
+    torchrun --standalone --nproc-per-node 2 -m real_world.distributed
+    python -m real_world.distributed                     the same, as one process
+    torchrun ... -m real_world.distributed --fsdp save   a network divided over the processes
+    python -m real_world.distributed --plan              what it would cost on 1 to 10,000
+
+The article: "the explicit training loop ... used verbatim, just at a scale involving thousands of
+A100 GPUs coordinated via torch.distributed". Every process has a part of the samples and a copy of
+the network. DistributedDataParallel averages the gradients of all copies inside loss.backward(), so
+each makes the same update, and the loop does not know (S. Li et al., "PyTorch Distributed", 2020).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lesson_code as lesson
+from real_world import parser, quiet, run, shown
+from real_world.digits import Digits, load_digits, untrained
+
+criterion = nn.functional.cross_entropy
+
+
+# %% Meeting the other processes
+
+
+def refuse(sentence: str) -> NoReturn:
+    """End every process for what all of them see; raise ClaimError in the one that says it."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(1)
+    raise lesson.ClaimError(sentence)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its `parent`, torchrun's agent, is gone.
+
+    An agent that was killed ends nobody; the next run would train beside the last one's processes,
+    into the same checkpoint.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together, and the place of this one among them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def meet(seconds: float) -> tuple[dist.Store, int, int]:
+    """Return the store through which the processes find each other, this one's rank, and the world.
+
+    torchrun says in the environment where the store is; without it there is one process.
+    Raises ClaimError, which says what to do, where the store cannot be had within `seconds`.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    timeout = datetime.timedelta(seconds=seconds)
+    try:
+        with quiet():  # it would say the same in fifty lines
+            store = dist.TCPStore(
+                host, port, is_master=hosts, wait_for_workers=False, timeout=timeout
+            )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            reason = f"port {port} of {host} is taken; choose another MASTER_PORT"
+        else:
+            reason = f"rank 0 did not answer at {host} port {port} within {seconds:.0f} s"
+        raise lesson.ClaimError(reason) from None
+    return dist.PrefixStore(f"attempt-{attempt}", store), rank, world
+
+
+def call_roll(store: dist.Store, rank: int, world: int, facts: dict, seconds: float) -> None:
+    """Tell the others `facts`, and compare theirs, which must be the same.
+
+    Raises ClaimError, which names the rank, where one does not come within `seconds`, or differs.
+    """
+    store.set(f"facts/{rank}", json.dumps(facts))
+    end = time.monotonic() + seconds
+    for other in range(world):
+        try:
+            with quiet():
+                left = max(end - time.monotonic(), 0.001)
+                store.wait([f"facts/{other}"], datetime.timedelta(seconds=left))
+        except dist.DistStoreError:
+            late = f"rank {other} of {world} did not come within {seconds:.0f} s"
+            raise lesson.ClaimError(f"{late}; see what it says where it runs") from None
+    first, *others = (json.loads(store.get(f"facts/{other}")) for other in range(world))
+    store.set(f"read/{rank}", "")
+    if rank == 0:  # the store may be this process's, and the others still need it
+        store.wait([f"read/{other}" for other in range(world)], datetime.timedelta(seconds=seconds))
+    for other, theirs in enumerate(others, start=1):
+        for fact, value in theirs.items():
+            if value != first[fact]:
+                differs = f"rank {other} has {fact} {value}, rank 0 has {first[fact]}"
+                raise lesson.ClaimError(f"{differs}; all must have the same")
+
+
+def join(facts: dict, backend: str, device_name: str, seconds: float) -> Group:
+    """Meet the other processes, and make torch.distributed's default group of them.
+
+    Raises ClaimError, one sentence, where that cannot be.
+    """
+    local = os.environ.get("LOCAL_RANK", "0")
+    if device_name == "auto" and torch.cuda.is_available():
+        device_name = f"cuda:{local}"
+    device = lesson.select_device(device_name)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        refuse("nccl joins CUDA devices, and there is none here; --backend gloo joins CPUs")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    store, rank, world = meet(seconds)
+    if rank > 0:
+        sys.stdout = None  # print() then does nothing: one transcript is enough
+    call_roll(
+        store, rank, world, {"torch": torch.__version__, "backend": backend, **facts}, seconds
+    )
+    timeout = datetime.timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Group(rank, world, device)
+
+
+# %% Data parallel: the same answer
+
+
+def share(samples: int, rank: int, world: int) -> slice:
+    """Return which of `samples` a rank has: all but a few have equally many."""
+    return slice(rank * samples // world, (rank + 1) * samples // world)
+
+
+def weighted(
+    samples: int, own: int, world: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the criterion of a rank that has `own` of all `samples`.
+
+    DistributedDataParallel averages gradients as if all ranks had equally many samples. Each rank
+    multiplies its mean by own * world / samples, so that the average is the mean over all samples.
+    """
+    return lambda outputs, y: criterion(outputs, y) * (own * world / samples)
+
+
+@dataclass
+class Recorder:
+    """on_epoch of train(): keeps the losses of this rank, and writes a checkpoint now and then.
+
+    The checkpoint has the mean loss of all ranks, so all take part; rank 0 writes the file.
+    """
+
+    checkpoint: lesson.Checkpoint
+    path: Path
+    every: int
+    group: Group
+    recent: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(self, epoch: int, loss: torch.Tensor) -> None:
+        """Note the loss of an epoch."""
+        self.recent.append(loss)
+        if len(self.recent) == self.every:
+            self.save()
+
+    def save(self) -> None:
+        """Add the losses since the last time to the checkpoint, and write it."""
+        if self.recent:
+            losses = torch.stack(self.recent)
+            dist.all_reduce(losses)
+            self.checkpoint.losses += (losses / self.group.world).tolist()
+            self.checkpoint.epoch += len(self.recent)
+            self.recent.clear()
+        if self.group.rank == 0:
+            lesson.save_checkpoint(self.path, self.checkpoint)
+
+
+def checkpoint_path(output: Path, seed: int) -> Path:
+    """Return where a run keeps its checkpoint."""
+    return output / f"distributed-{seed}.pt"
+
+
+def fingerprint(path: Path) -> str:
+    """Return what tells the content of `path` from another's: hosts may share no file system."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "none"
+
+
+def start_or_resume(path: Path, seed: int, epochs: int, device: torch.device) -> lesson.Checkpoint:
+    """Return what `path` holds of an unfinished run, or an untrained network, in float64.
+
+    Raises CheckpointError where `path` holds something else.
+    """
+    if path.exists():
+        found = lesson.load_checkpoint(path, device)
+        if 0 < found.epoch < epochs:
+            return found
+    model, _ = untrained(seed, device)
+    # In float32 the order of a sum is visible in its last digit, and Adam makes much of that.
+    optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
+    return lesson.Checkpoint(model, optimizer, 0, [])
+
+
+def train_together(
+    checkpoint: lesson.Checkpoint, digits: Digits, epochs: int, recorder: Recorder, group: Group
+) -> None:
+    """Train a copy of the network on this rank's part of the digits, by the lesson's train()."""
+    samples = len(digits.y)
+    own = share(samples, group.rank, group.world)
+    X, y = digits.X[own].double(), digits.y[own]
+    lesson.train(
+        DistributedDataParallel(checkpoint.model),
+        X,
+        y,
+        criterion=weighted(samples, len(y), group.world),
+        optimizer=checkpoint.optimizer,
+        epochs=epochs - checkpoint.epoch,
+        on_epoch=recorder,
+    )
+    recorder.save()
+
+
+def compare_with_one(
+    checkpoint: lesson.Checkpoint, digits: Digits, seed: int, epochs: int, group: Group
+) -> None:
+    """Train once more, on this process alone, and hold losses and weights against those of all."""
+    model, _ = untrained(seed, group.device)
+    optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
+    losses = lesson.train(model, digits.X.double(), digits.y, optimizer=optimizer, epochs=epochs)
+    apart = max(abs(a - b) for a, b in zip(losses, checkpoint.losses, strict=True))
+    lesson.check("every loss, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
+    pairs = zip(model.parameters(), checkpoint.model.parameters(), strict=True)
+    apart = max((a - b).abs().max().item() for a, b in pairs)
+    lesson.check("every weight, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
+
+
+def data_parallel(
+    group: Group, digits: Digits, seed: int, epochs: int, every: int, output: Path
+) -> None:
+    """Train on all processes, from the last checkpoint if there is one, and compare with one."""
+    path = checkpoint_path(output, seed)
+    checkpoint = start_or_resume(path, seed, epochs, group.device)
+    sizes = [
+        part.stop - part.start
+        for part in (share(len(digits.y), rank, group.world) for rank in range(group.world))
+    ]
+    numbers = " or ".join(f"{size:,}" for size in sorted(set(sizes)))
+    lesson.show("samples of a process", f"{numbers}, of {len(digits.y):,}")
+    weights = ", ".join(f"{size * group.world / len(digits.y):.4f}" for size in sorted(set(sizes)))
+    lesson.show("its loss is multiplied by", f"{weights}, for its share of the samples")
+    if checkpoint.epoch:
+        lesson.show("goes on from", f"{shown(path)}, epoch {checkpoint.epoch}")
+    recorder = Recorder(checkpoint, path, every, group)
+    train_together(checkpoint, digits, epochs, recorder, group)
+    fell = f"{checkpoint.losses[0]:.4f} to {checkpoint.losses[-1]:.4f}"
+    lesson.show(f"loss, epoch 1 to {epochs}", fell)
+    if group.rank == 0:
+        compare_with_one(checkpoint, digits, seed, epochs, group)
+        lesson.show("saved", shown(path))
+
+
+# %% Fully sharded: a network that no process has whole
+
+
+def wide_network(seed: int) -> nn.Sequential:
+    """Return a network of 1.1 million parameters: (samples, 64) float32 in, (samples, 10) out."""
+    torch.manual_seed(seed)
+    layers = (nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    return nn.Sequential(*layers)
+
+
+def divide(model: nn.Sequential, group: Group) -> nn.Sequential:
+    """Divide the parameters of every layer over the processes, in place.
+
+    A layer is put together when its turn comes, forward and backward, and taken apart again
+    (Y. Zhao et al., "PyTorch FSDP", 2023; fully_shard is its second version).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(group.device.type, (group.world,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fully_sharded(
+    group: Group, digits: Digits, seed: int, epochs: int, output: Path, task: str
+) -> None:
+    """Train a divided network and save it in parts, or load the parts on any number of processes.
+
+    Saved by torch.distributed.checkpoint as safetensors: its own format is read by pickle.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    folder = output / "distributed-parts"
+    model = wide_network(seed).to(group.device)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    divide(model, group)
+    held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    parts = [torch.zeros((), dtype=torch.int64, device=group.device) for _ in range(group.world)]
+    dist.all_gather(parts, torch.tensor(held, device=group.device))
+    by_rank = ", ".join(f"{part.item():,}" for part in parts)
+    lesson.show("bytes of the parameters", f"{whole:,}")
+    fair = max(part.item() for part in parts) <= whole / group.world * 1.01
+    lesson.check("of which the processes hold", by_rank, fair)
+
+    own = share(len(digits.y), group.rank, group.world)
+    X, y = digits.X[own], digits.y[own]
+    examples = digits.unseen_X[:8]
+    if task == "save":
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+        loss = weighted(len(digits.y), len(y), group.world)
+        losses = torch.tensor(
+            lesson.train(model, X, y, criterion=loss, optimizer=optimizer, epochs=epochs),
+            device=group.device,
+        )
+        dist.all_reduce(losses)
+        losses /= group.world
+        fell = f"{losses[0]:.4f} to {losses[-1]:.4f}"
+        lesson.check(f"loss, epoch 1 to {epochs}", fell, bool(losses[-1] < losses[0]))
+        with torch.no_grad():
+            logits = model(examples)
+        if group.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        dist.barrier()
+        state = {**model.state_dict(), "logits": logits}
+        writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+        with quiet():
+            dcp.save(state, storage_writer=writer)
+        lesson.show("saved", f"{shown(folder)}, a file for each of {group.world}")
+    else:
+        if not any(folder.glob("*.safetensors")):
+            refuse(f"{shown(folder)} holds no parts of a network; '--fsdp save' makes them")
+        state = {**model.state_dict(), "logits": torch.empty(len(examples), 10)}
+        count = len(list(folder.glob("*.safetensors")))
+        with quiet():
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        with torch.no_grad():
+            apart = (model(examples) - state["logits"].to(group.device)).abs().max().item()
+        claim = f"saved by {count}, loaded by {group.world}: logits"
+        lesson.check(claim, f"differ by {apart:.1e}", apart <= 1e-5)
+
+
+# %% On paper: from one process to ten thousand
+
+
+def ring_all_reduce(size: float, workers: int, bandwidth: float, latency: float) -> float:
+    """Return the seconds in which `workers` in a ring add up `size` bytes of gradients.
+
+    Each sends 2 (workers - 1) messages of size / workers bytes, one after the other, at `bandwidth`
+    bytes a second, each with `latency` seconds of its own (P. Patarasuk and X. Yuan, "Bandwidth
+    optimal all-reduce algorithms", 2009).
+    """
+    return 2 * (workers - 1) * (latency + size / workers / bandwidth)
+
+
+def seconds_a_step(model: nn.Module, X: torch.Tensor, y: torch.Tensor, steps: int) -> float:
+    """Return the time of one of the lesson's training steps, the mean of `steps`, in seconds."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    lesson.train(model, X, y, optimizer=optimizer, epochs=2)
+    start = time.perf_counter()
+    lesson.train(model, X, y, optimizer=optimizer, epochs=steps)
+    return (time.perf_counter() - start) / steps
+
+
+def draw_plan(
+    path: Path, steps: dict[str, tuple[float, int]], bandwidth: float, latency: float
+) -> None:
+    """Draw the time of a step and the efficiency from 1 to 10,000 workers, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    times, efficiency = figure.subplots(1, 2)
+    workers = [round(10 ** (tenth / 10)) for tenth in range(41)]
+    for (name, (step, size)), color in zip(steps.items(), ("#cf222e", "#0969da"), strict=True):
+        ring = [ring_all_reduce(size, count, bandwidth, latency) for count in workers]
+        times.axhline(step * 1000, color=color, ls=":", label=f"{name}: computing")
+        times.plot(
+            workers[1:], [s * 1000 for s in ring[1:]], color=color, label="adding up gradients"
+        )
+        efficiency.plot(workers, [100 * step / (step + s) for s in ring], color=color, label=name)
+    times.set(title="A step, computed and communicated", ylabel="ms", yscale="log")
+    efficiency.set(title="What is left of each worker", ylabel="% of its time computes", ylim=0)
+    for axes in (times, efficiency):
+        axes.set(xlabel="workers", xscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plan(device: torch.device, bandwidth: float, latency: float, output: Path) -> None:
+    """Work out what data parallelism costs at scale, from a step measured here.
+
+    bandwidth: bytes a second, latency: seconds. Nothing overlaps, which is the worst case.
+    """
+    digits = load_digits(device=device)
+    narrow, _ = untrained(0, device)
+    wide = wide_network(0).to(device)
+    networks = {"the lesson's network": narrow, "a wide one": wide}
+    steps = {
+        name: (
+            seconds_a_step(model, digits.X, digits.y, 20),
+            sum(p.numel() * p.element_size() for p in model.parameters()),
+        )
+        for name, model in networks.items()
+    }
+    for name, (step, size) in steps.items():
+        lesson.show(name, f"{step * 1000:.2f} ms a step here, {size:,} bytes of gradients")
+    link = f"{bandwidth * 8 / 1e9:g} Gb/s, {latency * 1e6:g} us a message"
+    lesson.show("between neighbours in the ring", link)
+    print(f"\n  {'workers':>9}" + "".join(f"{name:>36}" for name in steps))
+    for workers in (1, 2, 8, 64, 512, 1000, 4096, 10_000):
+        cells = []
+        for step, size in steps.values():
+            ring = ring_all_reduce(size, workers, bandwidth, latency)
+            cells.append(f"{ring * 1000:>13.3f} ms, {step / (step + ring):>5.0%} computing")
+        print(f"  {workers:>9,}" + "".join(f"{cell:>36}" for cell in cells))
+
+    print("\n  Where copies end:")
+    memory = 80e9 / 16  # float32 weights, gradients, and Adam's two averages
+    lesson.show(
+        "parameters in 80 GB, at 16 bytes", f"{memory / 1e9:.0f} billion, on 1 GPU or 10,000"
+    )
+    parameters = 70e9
+    lesson.show("70 billion, divided over 64 GPUs", f"{parameters * 16 / 64 / 1e9:.1f} GB each")
+    output.mkdir(parents=True, exist_ok=True)
+    draw_plan(output / "distributed.png", steps, bandwidth, latency)
+    print()
+    lesson.show("drawn", shown(output / "distributed.png"))
+
+
+# %% Running it
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options, checked; exit with status 2, after one sentence, where one is wrong."""
+    made = parser("distributed", "The lesson's train() on many processes.")
+    add = made.add_argument
+    positive = functools.partial(lesson.whole_number, least=1)
+    add("--epochs", metavar="N", type=positive, default=200, help="default: 200")
+    add("--save-every", metavar="N", type=positive, default=20, help="epochs (default: 20)")
+    add("--samples", metavar="N", type=positive, help="train on so many of the digits alone")
+    add("--seed", metavar="N", type=lesson.whole_number, default=0, help="default: 0")
+    add("--backend", choices=("auto", "gloo", "nccl"), default="auto", help="default: auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add(
+        "--timeout", metavar="S", type=positive, default=60, help="to wait for others (default: 60)"
+    )
+    output = {"type": Path, "default": lesson.CHECKPOINTS, "help": "default: checkpoints/"}
+    add("--output", metavar="DIR", **output)
+    add("--fsdp", choices=("save", "load"), help="divide a network, and save or load its parts")
+    add("--plan", action="store_true", help="work out 1 to 10,000 workers from one process")
+    add("--bandwidth", metavar="GBIT", type=positive, default=100, help="for --plan (default: 100)")
+    add("--latency", metavar="US", type=positive, default=5, help="for --plan (default: 5)")
+    chosen = made.parse_args(argv)
+    try:
+        lesson.select_device(chosen.device)
+    except ValueError as error:
+        made.error(f"argument --device: {error}")
+    return chosen
+
+
+def work(chosen: argparse.Namespace) -> None:
+    """Do what was chosen, together with the other processes."""
+    if chosen.plan:
+        lesson.heading(
+            "Distributed, on paper", "thousands of A100 GPUs coordinated via torch.distributed"
+        )
+        torch.set_num_threads(1)
+        device = lesson.select_device(chosen.device)
+        plan(device, chosen.bandwidth * 1e9 / 8, chosen.latency / 1e6, chosen.output)
+        return
+    torch.set_num_threads(1)  # the processes share the cores
+    facts = {"seed": chosen.seed, "epochs": chosen.epochs, "samples": chosen.samples}
+    facts["checkpoint"] = fingerprint(checkpoint_path(chosen.output, chosen.seed))
+    group = join(facts, chosen.backend, chosen.device, chosen.timeout)
+    try:
+        chosen.output.mkdir(parents=True, exist_ok=True)
+        digits = load_digits(chosen.seed, group.device)
+        digits = digits._replace(X=digits.X[: chosen.samples], y=digits.y[: chosen.samples])
+        quote = "used verbatim ... coordinated via torch.distributed"
+        processes = "1 process" if group.world == 1 else f"{group.world} processes"
+        lesson.heading(f"Distributed: train() on {processes}", quote)
+        if group.world > len(digits.y):
+            few = f"{group.world} processes for {len(digits.y)} samples"
+            refuse(f"{few}: each needs one at least, so start fewer")
+        pids = [torch.zeros((), dtype=torch.int64, device=group.device) for _ in range(group.world)]
+        dist.all_gather(pids, torch.tensor(os.getpid(), device=group.device))
+        lesson.show("joined by", f"{dist.get_backend()}, on {group.device}")
+        lesson.show("processes", ", ".join(str(pid.item()) for pid in pids))
+        if chosen.fsdp:
+            fully_sharded(group, digits, chosen.seed, chosen.epochs, chosen.output, chosen.fsdp)
+        else:
+            data_parallel(
+                group, digits, chosen.seed, chosen.epochs, chosen.save_every, chosen.output
+            )
+        dist.barrier()  # rank 0 may keep the store, and compares while the others are done
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        lost = f"rank {group.rank} lost another, which ended or was silent for {chosen.timeout} s"
+        raise lesson.ClaimError(f"{lost}; the first to fail says why") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the page; return its exit status."""
+    chosen = options(argv)
+    return run("distributed", lambda: work(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

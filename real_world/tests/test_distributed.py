@@ -1,0 +1,423 @@
+"""Processes that really are several, really are killed, and really meet over a network."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+import lesson_code as lesson
+from real_world import distributed
+from real_world.digits import load_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ["-m", "real_world.distributed"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LIMIT = 120  # seconds, for any run
+
+
+class Run:
+    """A command in a session of its own, with a time limit, that leaves no process behind."""
+
+    def __init__(self, *command: object, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.said = ""
+        self.timer = threading.Timer(LIMIT, self.kill)
+        self.timer.start()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def until(self, pattern: str) -> re.Match:
+        """Read on until a line matches."""
+        for line in self.process.stdout:
+            self.said += line
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"it ended without {pattern!r}:\n{self.said}")
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit status and everything that was said."""
+        self.said += self.process.stdout.read()
+        return self.process.wait(), self.said
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+        self.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def torchrun(processes: int, *options: object, program: list = PAGE) -> tuple[int, str]:
+    """Run the page on so many processes; return the exit status and what was said."""
+    together = ["--standalone", "--nproc-per-node", processes]
+    with Run(*TORCHRUN, *together, *program, *options) as running:
+        return running.end()
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process is there, and not only its entry."""
+    with contextlib.suppress(OSError):
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+# The same answer
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_losses_and_weights_are_those_of_one_process(processes, tmp_path):
+    """1,437 samples divide by neither 2 nor 4."""
+    status, said = torchrun(processes, "--output", tmp_path, "--epochs", 100)
+    assert status == 0, said
+    for what in ("loss", "weight"):
+        found = re.search(rf"every {what}, against one process +differs by (\S+) +ok", said)
+        assert float(found[1]) <= 1e-6
+    kept = lesson.load_checkpoint(tmp_path / "distributed-0.pt")
+    digits = load_digits()
+    alone = distributed.start_or_resume(tmp_path / "none", 0, 100, torch.device("cpu"))
+    optimizer = alone.optimizer
+    losses = lesson.train(alone.model, digits.X.double(), digits.y, optimizer=optimizer, epochs=100)
+    assert (kept.epoch, len(kept.losses)) == (100, 100)
+    assert kept.losses == pytest.approx(losses, abs=1e-6)
+    for pair in zip(kept.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+
+
+def test_without_torchrun_it_is_one_process(tmp_path):
+    with Run(sys.executable, *PAGE, "--output", tmp_path, "--epochs", 20) as running:
+        status, said = running.end()
+    assert status == 0
+    assert "train() on 1 process\n" in said
+    assert said.count(" ok\n") == 2
+
+
+EQUAL_AVERAGING = """
+import sys, torch
+import real_world.distributed as page
+page.weighted = lambda samples, own, world: page.criterion
+sys.exit(page.main())
+"""
+
+
+def test_to_average_unequal_parts_equally_is_wrong(tmp_path):
+    """What the weights are for: without them, 3 samples of one count as much as 2 of another."""
+    script = tmp_path / "equal.py"
+    script.write_text(EQUAL_AVERAGING)
+    options = ("--output", tmp_path, "--samples", 5, "--epochs", 20)
+    with_path = ["--no-python", sys.executable, str(script)]
+    os.environ["PYTHONPATH"] = str(ROOT)
+    try:
+        status, said = torchrun(2, *options, program=with_path)
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert status != 0
+    assert re.search(r"every loss, against one process +differs by 0\.\d+|NOT SO", said)
+    status, said = torchrun(2, *options)
+    assert status == 0, said
+
+
+def test_every_sample_is_with_one_rank_and_ranks_differ_by_one_at_most():
+    for samples in (1, 2, 7, 100, 1437):
+        for world in range(1, min(samples, 9) + 1):
+            parts = [distributed.share(samples, rank, world) for rank in range(world)]
+            indices = [index for part in parts for index in range(samples)[part]]
+            assert indices == list(range(samples))
+            sizes = {part.stop - part.start for part in parts}
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_weighted_loss_is_the_ranks_share_of_the_mean_over_all():
+    logits, y = torch.randn(10, 3), torch.randint(3, (10,))
+    parts = [slice(0, 3), slice(3, 10)]
+    total = sum(
+        distributed.weighted(10, part.stop - part.start, 2)(logits[part], y[part]) for part in parts
+    )
+    torch.testing.assert_close(total / 2, torch.nn.functional.cross_entropy(logits, y))
+
+
+# It survives
+
+
+def epoch_of(path: Path) -> int:
+    return lesson.load_checkpoint(path).epoch if path.exists() else 0
+
+
+def test_workers_killed_at_random_epochs_are_restarted_and_end_as_if_nothing_had_been(tmp_path):
+    """The page itself compares the end with one process that was never interrupted."""
+    path = tmp_path / "distributed-0.pt"
+    together = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 3]
+    options = ["--output", tmp_path, "--epochs", 6000, "--save-every", 50]
+    with Run(*TORCHRUN, *together, *PAGE, *options) as running:
+        resumed = []
+        pids = running.until(r"processes +(\d+), (\d+)").groups()
+        for _ in range(3):
+            until_epoch = epoch_of(path) + random.randint(50, 1000)
+            while epoch_of(path) < until_epoch:
+                assert running.process.poll() is None
+                time.sleep(0.005)
+            os.kill(int(random.choice(pids)), signal.SIGKILL)
+            pids = running.until(r"processes +(\d+), (\d+)").groups()
+            resumed.append(int(running.until(r"goes on from .*, epoch (\d+)")[1]))
+        status, said = running.end()
+    assert status == 0, said
+    assert resumed == sorted(set(resumed))
+    assert all(epoch % 50 == 0 and epoch > 0 for epoch in resumed)
+    assert said.count(" ok\n") == 2
+    assert epoch_of(path) == 6000
+
+
+def test_a_killed_agent_takes_its_workers_along_and_the_next_run_goes_on(tmp_path):
+    path = tmp_path / "distributed-0.pt"
+    together = ["--standalone", "--nproc-per-node", 2]
+    options = ["--output", tmp_path, "--epochs", 8000, "--save-every", 50]
+    with Run(*TORCHRUN, *together, *PAGE, *options) as running:
+        pids = map(int, running.until(r"processes +(\d+), (\d+)").groups())
+        while epoch_of(path) == 0:
+            assert running.process.poll() is None
+            time.sleep(0.005)
+        running.process.kill()
+        running.process.wait()
+        running.end()  # the pipe ends with the last that holds it
+        assert not any(map(alive, pids))
+    reached = epoch_of(path)
+    assert 0 < reached < 8000
+    status, said = torchrun(2, "--output", tmp_path, "--epochs", reached + 500)
+    assert status == 0, said
+    assert f"goes on from          {path}, epoch {reached}".split() == next(
+        line.split() for line in said.splitlines() if "goes on from" in line
+    )
+    assert said.count(" ok\n") == 2
+
+
+# Several machines
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[list[str], str, str]]]:
+    """Return two hosts: what runs a command there, the host's address, its network interface.
+
+    Network namespaces with a cable between them, where the machine lets us make some; else the
+    loopback twice.
+    """
+    names = [f"lesson-{os.getpid()}-{number}" for number in (0, 1)]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1",
+           "netns", names[1])  # fmt: skip
+        for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"cable{number}")
+            ip("-n", name, "link", "set", f"cable{number}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        made = [
+            (["ip", "netns", "exec", name], address, f"cable{number}")
+            for number, (name, address) in enumerate(zip(names, addresses, strict=True))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        made = [([], "127.0.0.1", "lo")] * 2
+    yield made
+    for name in names:
+        with contextlib.suppress(OSError):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_two_agents_on_two_hosts_train_one_network(hosts, tmp_path):
+    endpoint = f"{hosts[0][1]}:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for number, (prefix, address, interface) in enumerate(hosts):
+            meeting = ["--nnodes", 2, "--nproc-per-node", 2, "--rdzv-id", "lesson"]
+            meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+            meeting += ["--rdzv-conf", f"is_host={number == 0}", "--local-addr", address]
+            command = [*prefix, *TORCHRUN, *meeting, *PAGE, "--output", tmp_path, "--epochs", 50]
+            runs.append(stack.enter_context(Run(*command, GLOO_SOCKET_IFNAME=interface)))
+        ends = [run.end() for run in runs]
+    assert [status for status, _ in ends] == [0, 0], ends
+    said = "".join(said for _, said in ends)
+    assert "train() on 4 processes" in said
+    assert said.count(" ok\n") == 2, "one transcript, of rank 0"
+
+
+# Divided
+
+
+def test_parts_saved_by_two_are_loaded_by_one_and_by_four(tmp_path):
+    status, said = torchrun(2, "--fsdp", "save", "--epochs", 10, "--output", tmp_path)
+    assert status == 0, said
+    whole = 4 * (65 * 1024 + 1025 * 1024 + 1025 * 10)
+    assert f"bytes of the parameters             {whole:,}\n" in said
+    assert re.search(rf"hold +{whole // 2:,}, {whole // 2:,} +ok", said)
+    assert len(list((tmp_path / "distributed-parts").glob("*.safetensors"))) == 2
+    for processes in (1, 4):
+        status, said = torchrun(processes, "--fsdp", "load", "--output", tmp_path)
+        assert status == 0, said
+        assert re.search(rf"saved by 2, loaded by {processes}: logits +differ by \S+ +ok", said)
+    held = [int(n.replace(",", "")) for n in re.search(r"hold +(.+?) +ok", said)[1].split(", ")]
+    assert (len(held), sum(held)) == (4, whole)
+    assert max(held) < whole * 0.26
+
+
+def test_a_divided_network_trains_as_a_whole_one_does(tmp_path):
+    losses = []
+    for processes in (1, 2):
+        status, said = torchrun(processes, "--fsdp", "save", "--epochs", 10, "--output", tmp_path)
+        assert status == 0, said
+        losses.append(re.search(r"loss, epoch 1 to 10 +(\S+) to (\S+)", said).groups())
+    assert losses[0] == losses[1]
+
+
+# Bad input
+
+
+def by_hand(*ranks: tuple[int, list], world: int = 2, port: int = 0) -> list[tuple[int, str]]:
+    """Start ranks without torchrun; return the exit status of each, and what it said."""
+    port = port or free_port()
+    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with contextlib.ExitStack() as stack:
+        started = (
+            Run(sys.executable, *command, RANK=str(rank), **where) for rank, command in ranks
+        )
+        runs = [stack.enter_context(run) for run in started]
+        return [run.end() for run in runs]
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    options = [*PAGE, "--timeout", "2", "--output", tmp_path]
+    ((status, said),) = by_hand((0, options), world=3)
+    assert status == 1
+    assert said == (
+        "distributed: rank 1 of 3 did not come within 2 s; see what it says where it runs\n"
+    )
+    port = free_port()
+    ((status, said),) = by_hand((1, options), port=port)
+    assert status == 1
+    assert said == f"distributed: rank 0 did not answer at 127.0.0.1 port {port} within 2 s\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (["--seed", "7"], "rank 1 has seed 7, rank 0 has 0; all must have the same"),
+        (["--epochs", "9"], "rank 1 has epochs 9, rank 0 has 200; all must have the same"),
+        (["--output", "/dev"], "rank 1 has checkpoint none, rank 0 has "),
+    ],
+)
+def test_a_rank_that_differs_is_named(other, sentence, tmp_path):
+    (tmp_path / "distributed-0.pt").write_bytes(b"something")
+    (tmp_path / "distributed-7.pt").write_bytes(b"something")
+    first = [*PAGE, "--output", tmp_path]
+    for status, said in by_hand((0, first), (1, [*first, *other])):
+        assert status == 1
+        assert said.startswith(f"distributed: {sentence}")
+        assert said.count("\n") == 1
+
+
+def test_a_rank_with_another_torch_is_named(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        torch.__version__ = "2.12.0"
+        from real_world import distributed
+        sys.exit(distributed.main())
+        """
+    )
+    options = ["--output", tmp_path]
+    ends = by_hand((0, [*PAGE, *options]), (1, ["-c", script, *options]))
+    for status, said in ends:
+        assert status == 1
+        expected = (
+            f"rank 1 has torch 2.12.0, rank 0 has {torch.__version__}; all must have the same"
+        )
+        assert said == f"distributed: {expected}\n"
+
+
+def test_a_taken_port_gets_a_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ((status, said),) = by_hand((0, [*PAGE, "--output", tmp_path]), port=port)
+    assert status == 1
+    assert said == (f"distributed: port {port} of 127.0.0.1 is taken; choose another MASTER_PORT\n")
+
+
+def test_more_processes_than_samples_get_one_sentence(tmp_path):
+    status, said = torchrun(4, "--samples", 3, "--output", tmp_path)
+    assert status == 1
+    sentence = "distributed: 4 processes for 3 samples: each needs one at least, so start fewer\n"
+    assert said.count(sentence) == said.count("distributed: ") == 1
+
+
+def test_nccl_without_cuda_and_parts_that_are_not_there_get_a_sentence(tmp_path, capsys):
+    assert distributed.main(["--backend", "nccl", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == (
+        "distributed: nccl joins CUDA devices, and there is none here; --backend gloo joins CPUs\n"
+    )
+    with Run(sys.executable, *PAGE, "--fsdp", "load", "--output", tmp_path) as running:
+        status, said = running.end()
+    assert status == 1
+    assert said.endswith("holds no parts of a network; '--fsdp save' makes them\n")
+
+
+def test_a_torn_checkpoint_gets_a_sentence(tmp_path):
+    (tmp_path / "distributed-0.pt").write_bytes(b"PK\x03\x04 and no more")
+    with Run(sys.executable, *PAGE, "--output", tmp_path) as running:
+        status, said = running.end()
+    assert status == 1
+    assert re.search(r"distributed: .*distributed-0\.pt is cut short; ", said)
+
+
+# On paper
+
+
+def test_a_ring_moves_twice_the_gradients_whatever_the_number_of_workers():
+    assert distributed.ring_all_reduce(1e9, 1, 1e9, 1) == 0
+    assert distributed.ring_all_reduce(1e9, 2, 1e9, 0) == pytest.approx(1)
+    assert distributed.ring_all_reduce(1e9, 10_000, 1e9, 0) == pytest.approx(2, rel=1e-3)
+    assert distributed.ring_all_reduce(0, 10_000, 1e9, 1e-6) == pytest.approx(0.019998)
+
+
+def test_the_plan_is_printed_and_drawn(tmp_path, capsys):
+    assert distributed.main(["--plan", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"the lesson's network +\S+ ms a step here, 38,440 bytes of gradients", printed
+    )
+    rows = [line.split() for line in printed.splitlines() if line.count("computing") == 2]
+    assert [row[0] for row in rows] == ["1", "2", "8", "64", "512", "1,000", "4,096", "10,000"]
+    assert float(rows[-1][1]) == pytest.approx(99.996, abs=0.001), "19,998 messages of 5 us"
+    drawn = matplotlib.image.imread(tmp_path / "distributed.png")
+    assert drawn.shape == (480, 1440, 4)
