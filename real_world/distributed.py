@@ -399,7 +399,7 @@ def draw_plan(
 
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     times, efficiency = figure.subplots(1, 2)
-    workers = [round(10 ** (tenth / 10)) for tenth in range(41)]
+    workers = sorted({round(10 ** (tenth / 10)) for tenth in range(41)})
     for (name, (step, size)), color in zip(steps.items(), ("#cf222e", "#0969da"), strict=True):
         ring = [ring_all_reduce(size, count, bandwidth, latency) for count in workers]
         times.axhline(step * 1000, color=color, ls=":", label=f"{name}: computing")
