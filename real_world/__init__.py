@@ -45,7 +45,8 @@ def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         lesson.save_checkpoint(path, trained)
         print()
-    checkpoint = lesson.load_checkpoint(path)
+    with quiet():  # of a file of another kind torch warns before it is refused
+        checkpoint = lesson.load_checkpoint(path)
     if not all(weights.isfinite().all() for weights in checkpoint.model.parameters()):
         raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
     return checkpoint
@@ -82,6 +83,8 @@ def run(page: str, body: Callable[[], None]) -> int:
         print(f"{page}: interrupted", file=sys.stderr)
         return 130
     except (lesson.ClaimError, lesson.CheckpointError, OSError) as error:
-        print(f"{page}: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename
+        message = f"{error.filename}: {error.strerror}" if named else error
+        print(f"{page}: {message}", file=sys.stderr)
         return 1
     return 0

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ LARGEST_BATCH = 1024  # rows: of a request, and of the requests that share a bat
 LARGEST_VALUE = 1e30  # of a feature; the sums of much larger ones overflow float32, and answer nan
 LARGEST_BODY = 2**20  # bytes; LARGEST_BATCH rows of four full-length decimals take a tenth
 
+DEFAULT = lesson.CHECKPOINTS / "lesson.pt"
 NETWORKS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
     "eager": lambda model: model,
     "torchscript": torch.jit.script,
@@ -133,6 +134,7 @@ def warm_network(settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
     Raises BackendCompilerFailed where torch.compile finds no compiler.
     """
     torch.set_num_threads(1)  # the workers share the cores; a small batch gains nothing from two
+    torch._inductor.config.compile_threads = 1  # no pool of processes for each of them
     device = torch.device(settings.device)
     network = NETWORKS[settings.network](settings.model.to(device).eval())
 
@@ -215,7 +217,7 @@ def postprocess(probabilities: np.ndarray) -> bytes:
     classes = probabilities.argmax(axis=1).tolist()
     answers = zip(classes, probabilities.tolist(), strict=True)
     predictions = [{"class": label, "probabilities": shares} for label, shares in answers]
-    return msgspec.json.encode({"predictions": predictions})
+    return msgspec.json.encode({"predictions": predictions}) + b"\n"  # for who reads it in a shell
 
 
 # %% Request -> response
@@ -238,7 +240,7 @@ async def read(receive: Receive) -> bytes:
 def refusal(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer to a request that is wrong."""
     REFUSALS.labels(status).inc()
-    content = msgspec.json.encode({"error": sentence})
+    content = msgspec.json.encode({"error": sentence}) + b"\n"
     return Response(content, status, headers, "application/json")
 
 
@@ -343,6 +345,7 @@ def application(settings: Settings) -> Service:
         exception_handlers={HTTPException: refuse},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # /predict/ is not there, rather than elsewhere
     app.state.predict = predict
     app.state.in_features = in_features
     app.state.description = {"network": settings.network, "device": settings.device}
@@ -366,7 +369,7 @@ def listen(host: str, port: int, shared: bool) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        reason = error.strerror or error
+        reason = f"{error.strerror or error}; --port 0 takes a free one"
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
     return bound
 
@@ -383,16 +386,37 @@ class Supervisor(Multiprocess):
     def sockets(self, unused: list[socket.socket]) -> None:
         pass
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Start workers that Ctrl-C, which goes to all, does not reach: the supervisor ends them."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for process in self.processes:  # its pipe ends with it: nobody waits for a dead one's word
+            process.child_conn.close()
+
     def init_processes(self) -> None:
         """Start the workers, and wait until their networks are warm."""
-        super().init_processes()
-        if all(process.wait_until_ready(timeout=300) for process in self.processes):
-            lesson.show("ready, worker processes", ", ".join(str(p.pid) for p in self.processes))
+        with self.starting():
+            super().init_processes()
+        waiting = list(self.processes)
+        while waiting and not self.should_exit.is_set():
+            self.handle_signals()
+            if not waiting[0].process.is_alive():
+                return  # run() sees to it
+            if waiting[0].is_ready(timeout=0.5):
+                waiting.pop(0)
+        if not waiting:
+            host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            lesson.show("worker processes", ", ".join(str(p.pid) for p in self.processes))
+            url = f"http://{host}:{self.config.port}"
+            lesson.show("ready, listening on", f"{url}, until Ctrl-C or SIGTERM")
 
     def keep_subprocess_alive(self) -> None:
         """Replace each worker that died."""
         before = [process.pid for process in self.processes]
-        super().keep_subprocess_alive()
+        with self.starting():
+            super().keep_subprocess_alive()
         for old, process in zip(before, self.processes, strict=True):
             if process.pid != old:
                 lesson.show("a worker died", f"{old}; {process.pid} takes its place")
@@ -407,6 +431,8 @@ def serve(
     """
     quote = "API Request -> Preprocessing -> Tensor Batch -> PyTorch Model (GPU) -> Logits -> ..."
     lesson.heading("Serve: the network behind HTTP", quote)
+    if checkpoint != DEFAULT and not checkpoint.exists():  # a name mistyped is no wish to train
+        raise OSError(f"there is no {checkpoint}; without --checkpoint the lesson's is served")
     model = lesson_checkpoint(checkpoint).model.requires_grad_(False)
     with listen(host, port, shared=False) as alone:  # refused where another server is listening
         port = alone.getsockname()[1]
@@ -418,7 +444,6 @@ def serve(
             reason = str(error.inner_exception).splitlines()[0]
             raise lesson.ClaimError(f"--network {network} cannot be built: {reason}") from None
     lesson.show("network", f"{shown(checkpoint)}, {network}, on {device}")
-    lesson.show("listening on", f"http://{f'[{host}]' if ':' in host else host}:{port}")
     config = uvicorn.Config(
         functools.partial(application, settings),
         factory=True,
@@ -446,7 +471,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     port = functools.partial(lesson.whole_number, most=65535)
     positive = functools.partial(lesson.whole_number, least=1, most=1000)
     add = made.add_argument
-    add("--checkpoint", metavar="FILE", type=Path, default=lesson.CHECKPOINTS / "lesson.pt")
+    add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT, help="default: the lesson's")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1, which only this machine reaches")
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0 takes a free one")
     add("--workers", metavar="N", type=positive, default=os.cpu_count(), help="default: one a core")

@@ -46,6 +46,8 @@ std::string_view trim(std::string_view text) {
   return text.substr(first, text.find_last_not_of(blank) - first + 1);
 }
 
+volatile std::sig_atomic_t stopped_by = 0;
+
 // A field as a message shows it: short, and without what could steer a terminal.
 std::string shown(std::string_view field) {
   std::string text(field.substr(0, 40));
@@ -167,7 +169,7 @@ class Predictor {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
+  if (argc != 2 || std::string_view(argv[1]).starts_with("--")) {
     std::fprintf(stderr, "predict: usage: predict PACKAGE.pt2 < rows.csv\n");
     return 2;
   }
@@ -188,13 +190,20 @@ int main(int argc, char** argv) {
     return 2;
   }
 
-  std::signal(SIGPIPE, SIG_IGN);  // dying of it would leave the unpacked package behind
+  // To die of a signal would leave the unpacked package behind.
+  std::signal(SIGPIPE, SIG_IGN);
+  struct sigaction action = {};
+  action.sa_handler = [](int signal) { stopped_by = signal; };  // and read() is interrupted
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+  at::set_num_threads(1);  // a few rows are done before a second thread has woken up
   const c10::InferenceMode no_autograd;
   std::string pending;  // the line whose end has not arrived yet
   bool skipping = false;  // through a line that is too long
   std::array<char, kReadSize> buffer;
   for (;;) {
     const ssize_t count = read(STDIN_FILENO, buffer.data(), buffer.size());
+    if (stopped_by != 0) return 128 + stopped_by;
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) {
       std::fprintf(stderr, "predict: cannot read the input: %s\n", std::strerror(errno));

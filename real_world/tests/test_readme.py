@@ -41,9 +41,8 @@ def console(tmp_path_factory) -> dict[str, tuple[str, str]]:
                     ["bash", "-c", command], cwd=folder, env=environment, **pipes
                 )
                 for said in server.stdout:
-                    if found := re.search(r"listening on +http://(\S+)", said):
+                    if found := re.search(r"listening on +http://([\d.:]+)", said):
                         address = found[1]
-                    if "ready" in said:
                         break
                 continue
             done = subprocess.run(

@@ -46,9 +46,9 @@ class Server:
             start_new_session=True,
         )
         self.transcript = ""
-        self.port = int(self.await_line(r"listening on +http://127\.0\.0\.1:(\d+)")[1])
-        workers = self.await_line(r"ready, worker processes +([\d, ]+)")[1]
+        workers = self.await_line(r"worker processes +([\d, ]+)")[1]
         self.workers = [int(pid) for pid in workers.split(", ")]
+        self.port = int(self.await_line(r"listening on +http://127\.0\.0\.1:(\d+),")[1])
 
     def await_line(self, pattern: str) -> re.Match:
         """Read the transcript until a line matches."""
@@ -318,6 +318,7 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(server):
             404,
             "there is no / here; there is /predict, /live, /ready, /metrics, /openapi.json",
         ),
+        ("POST", "/predict/", 404, "there is no /predict/ here; there is /predict, "),
         ("POST", "/predictions", 404, "there is no /predictions here; there is /predict, "),
         ("GET", "/../../etc/passwd", 404, "there is no /../../etc/passwd here"),
         ("GET", "/predict", 405, "/predict takes POST, not GET"),
@@ -486,8 +487,12 @@ def test_a_worker_killed_under_load_is_replaced_and_only_its_clients_notice(chec
         load.go_on = False
         for thread in load.threads:
             thread.join()
-        assert load.outcomes.keys() <= {"right", "cut"}, "never a wrong answer, never a refusal"
-        assert load.outcomes["cut"] <= 16, "at most the one request of each connection, per kill"
+        # uvicorn writes the head of an answer, then its body: the kill can come between.
+        lost = load.outcomes.keys() - {"right"}
+        assert lost <= {"cut", "cut short"}, "never a wrong answer, never a refusal"
+        assert sum(load.outcomes[name] for name in lost) <= 32, (
+            "one or two of each connection, a kill"
+        )
         status, rest = running.stop()
         assert (status, "stopped" in rest) == (0, True)
 
@@ -566,7 +571,8 @@ def test_a_taken_port_and_a_bad_checkpoint_get_a_sentence(server, checkpoint, tm
     status, error = refused("--port", str(server.port), "--checkpoint", str(checkpoint))
     assert (status, error) == (
         1,
-        f"serve: cannot listen on 127.0.0.1 port {server.port}: Address already in use\n",
+        f"serve: cannot listen on 127.0.0.1 port {server.port}: Address already in use; "
+        "--port 0 takes a free one\n",
     )
     status, error = refused("--host", "nowhere.invalid", "--checkpoint", str(checkpoint))
     assert (status, error.count("\n")) == (1, 1)
@@ -611,8 +617,31 @@ def test_without_a_compiler_a_compiled_network_gets_a_sentence(checkpoint, monke
     assert error.startswith("serve: --network compile cannot be built: No working")
 
 
-def test_without_a_checkpoint_it_trains_the_lessons_network_first(tmp_path):
-    path = tmp_path / "new" / "lesson.pt"
-    with Server("--workers", "1", "--checkpoint", str(path)) as running:
-        assert "training one for" in running.transcript
-        assert right(lesson.load_checkpoint(path).model, [ROW], running.ask([ROW])[1])
+def test_a_checkpoint_that_is_not_there_gets_a_sentence(tmp_path):
+    path = tmp_path / "lessson.pt"
+    status, error = refused("--port", "0", "--checkpoint", str(path))
+    sentence = f"serve: there is no {path}; without --checkpoint the lesson's is served\n"
+    assert (status, error) == (1, sentence)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_it_is_ready_ends_it_without_a_traceback(checkpoint, signum):
+    command = [sys.executable, "-m", "real_world.serve", "--port", "0", "--checkpoint", checkpoint]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+        try:
+            said = ""
+            while " on cpu" not in said and " on cuda" not in said:
+                said += process.stdout.readline()
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while not children.read_text():
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.killpg(process.pid, signum)  # to all, as a terminal does
+            rest = process.communicate(timeout=60)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in rest
+    assert process.returncode == 0
