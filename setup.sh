@@ -72,6 +72,9 @@ pip_install() {
 
 install() {
   local free torch file
+  if [ "${#files[@]}" -gt 1 ] && ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    fail "the pages of real_world/ need Python 3.11 or newer: delete .venv, then PYTHON=python3.12 ./setup.sh --all"
+  fi
   free=$(df -Pk -- "$here" | awk 'NR == 2 { print int($4 / 1024) }')
   if [ ! -e "$venv/.installed/requirements.txt" ] && [ "$free" -lt 2000 ]; then
     fail "needs 2 GB of free disk in $here, which has $free MB"

@@ -388,7 +388,7 @@ class Supervisor(Multiprocess):
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Start workers that Ctrl-C, which goes to all, does not reach: the supervisor ends them."""
+        """Start workers that Ctrl-C, which goes to all, does not reach: this process ends them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
