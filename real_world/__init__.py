@@ -49,6 +49,7 @@ def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
         checkpoint = lesson.load_checkpoint(path)
     if not all(weights.isfinite().all() for weights in checkpoint.model.parameters()):
         raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
+    checkpoint.model.float()  # what distributed.py trains is float64
     return checkpoint
 
 

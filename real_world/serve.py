@@ -7,7 +7,8 @@
         -> Logits -> Postprocessing -> Response
 
 Requests that wait at the same moment share one batch, whoever sent them (dynamic batching), for a
-network takes little longer for fifty rows than for one. A request that is refused never gets there.
+network takes little longer for fifty rows than for one. A request that is refused never gets there:
+mosec, which batches in Rust and is faster still, has one status for all requests of a batch.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import msgspec  # JSON and its schema in one pass, the fastest of its kind
 import numpy as np
 import prometheus_client.multiprocess  # adds up what several processes count
 import torch
-import uvicorn  # HTTP, workers, their replacement, an orderly end; mosec, made for this, is faster
-
-# still, but has one status for a whole batch: a bad request would fail those that share its batch.
+import uvicorn  # HTTP, the workers, their replacement, an orderly end
 from starlette.applications import Starlette  # routes
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -51,7 +51,7 @@ from real_world import lesson_checkpoint, parser, run, shown
 
 LARGEST_BATCH = 1024  # rows: of a request, and of the requests that share a batch
 LARGEST_VALUE = 1e30  # of a feature; the sums of much larger ones overflow float32, and answer nan
-LARGEST_BODY = 2**20  # bytes; LARGEST_BATCH rows of four full-length decimals take a tenth
+LARGEST_BODY = 2**18  # bytes; LARGEST_BATCH rows of four long decimals take a third
 
 DEFAULT = lesson.CHECKPOINTS / "lesson.pt"
 NETWORKS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -152,12 +152,13 @@ def warm_network(settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
 class Batcher:
     """Dynamic batching: what waits while the network works goes through it together, next.
 
-    `network` is what `warm_network` returns. A batch that is not full waits up to `wait` seconds
-    for more; at 0 it goes at once.
+    Its `network` is what `warm_network` returns. A batch that is not full waits up to `wait`
+    seconds for more; at 0 it goes at once.
     """
 
-    def __init__(self, network: Callable[[np.ndarray], np.ndarray], wait: float = 0.0) -> None:
-        self.network = network
+    network: Callable[[np.ndarray], np.ndarray]
+
+    def __init__(self, wait: float = 0.0) -> None:
         self.wait = wait
         self.waiting: deque[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = deque()
         self.rows = 0  # of all that wait
@@ -200,7 +201,8 @@ class Batcher:
                 probabilities = self.network(features)
             except Exception as error:  # told to these requests: the next batch has its own chance
                 for _, future in batch:
-                    future.set_exception(error)
+                    if not future.done():
+                        future.set_exception(error)
                 continue
             first = 0
             for rows, future in batch:
@@ -257,6 +259,8 @@ class Predict:
         try:
             features = preprocess(await read(receive), self.in_features)
             probabilities = await self.batcher.submit(features)
+            if not np.isfinite(probabilities).all():
+                raise HTTPException(422, "the features are so large that the answer is no number")
             response = Response(postprocess(probabilities), media_type="application/json")
             SECONDS.observe(time.perf_counter() - start)
         except HTTPException as error:
@@ -312,12 +316,13 @@ class Service(Starlette):
 
 
 def application(settings: Settings) -> Service:
-    """Return the service of one worker, its network warm."""
+    """Return the service of one worker, whose network is warm before it takes a connection."""
     in_features = settings.model.hidden.in_features
-    batcher = Batcher(warm_network(settings), settings.wait)
+    batcher = Batcher(settings.wait)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        batcher.network = warm_network(settings)
         # PyTorch brings 170,000 objects, and a full collection, 50 ms, would look through them all.
         gc.collect()
         gc.freeze()
@@ -374,6 +379,32 @@ def listen(host: str, port: int, shared: bool) -> socket.socket:
     return bound
 
 
+@contextlib.contextmanager
+def alone(host: str, port: int) -> Iterator[int]:
+    """Keep other servers off `host` and `port` until the block ends; yield the port, 0 made real.
+
+    The workers' sockets share the port, so the kernel would let another server's join them.
+    Raises OSError where one is there already.
+    """
+    with listen(host, port, shared=False) as free:
+        address, port = free.getsockname()[:2]
+    with socket.socket(socket.AF_UNIX) as lock:
+        if sys.platform == "linux":  # an abstract name, which ends with the process
+            try:
+                lock.bind(f"\0real_world.serve {address} {port}")
+            except OSError:
+                raise OSError(f"another server is starting on {host} port {port}") from None
+        yield port
+
+
+def announce(label: str, value: object) -> None:
+    """Print a line; a reader who has left, `head` say, does not end the service."""
+    try:
+        lesson.show(label, value)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Supervisor(Multiprocess):
     """uvicorn's, with a socket for each worker, and a line printed when one is replaced."""
 
@@ -389,6 +420,7 @@ class Supervisor(Multiprocess):
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """Start workers that Ctrl-C, which goes to all, does not reach: this process ends them."""
+        resource_tracker.ensure_running()  # the first start of it would unblock the signal again
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -408,9 +440,9 @@ class Supervisor(Multiprocess):
                 waiting.pop(0)
         if not waiting:
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-            lesson.show("worker processes", ", ".join(str(p.pid) for p in self.processes))
+            announce("worker processes", ", ".join(str(p.pid) for p in self.processes))
             url = f"http://{host}:{self.config.port}"
-            lesson.show("ready, listening on", f"{url}, until Ctrl-C or SIGTERM")
+            announce("ready, listening on", f"{url}, until Ctrl-C or SIGTERM")
 
     def keep_subprocess_alive(self) -> None:
         """Replace each worker that died."""
@@ -419,7 +451,7 @@ class Supervisor(Multiprocess):
             super().keep_subprocess_alive()
         for old, process in zip(before, self.processes, strict=True):
             if process.pid != old:
-                lesson.show("a worker died", f"{old}; {process.pid} takes its place")
+                announce("a worker died", f"{old}; {process.pid} takes its place")
 
 
 def serve(
@@ -434,35 +466,38 @@ def serve(
     if checkpoint != DEFAULT and not checkpoint.exists():  # a name mistyped is no wish to train
         raise OSError(f"there is no {checkpoint}; without --checkpoint the lesson's is served")
     model = lesson_checkpoint(checkpoint).model.requires_grad_(False)
-    with listen(host, port, shared=False) as alone:  # refused where another server is listening
-        port = alone.getsockname()[1]
     settings = Settings(model, network, device, wait)
-    if network != "eager":
-        try:
-            warm_network(settings)  # once, for all workers: they find it in the compiler's cache
-        except BackendCompilerFailed as error:
-            reason = str(error.inner_exception).splitlines()[0]
-            raise lesson.ClaimError(f"--network {network} cannot be built: {reason}") from None
-    lesson.show("network", f"{shown(checkpoint)}, {network}, on {device}")
-    config = uvicorn.Config(
-        functools.partial(application, settings),
-        factory=True,
-        host=host,
-        port=port,
-        workers=workers,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,  # seconds, for a client that does not finish its request
-        timeout_worker_healthcheck=30,  # that a worker may take to import PyTorch on a busy machine
-    )
-    with tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder:
+    with (
+        alone(host, port) as port,
+        tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder,
+    ):
+        if network != "eager":
+            try:
+                warm_network(
+                    settings
+                )  # once, for all workers: they find it in the compiler's cache
+            except BackendCompilerFailed as error:
+                reason = str(error.inner_exception).splitlines()[0]
+                raise lesson.ClaimError(f"--network {network} cannot be built: {reason}") from None
+        announce("network", f"{shown(checkpoint)}, {network}, on {device}")
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where the workers count
+        config = uvicorn.Config(
+            functools.partial(application, settings),
+            factory=True,
+            host=host,
+            port=port,
+            workers=workers,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,  # seconds, for a client that does not finish its request
+            timeout_worker_healthcheck=30,  # that a worker may take to import PyTorch
+        )
         supervisor = Supervisor(config, [])
         supervisor.run()
     if any(process.exitcode == uvicorn.config.STARTUP_FAILURE for process in supervisor.processes):
         raise lesson.ClaimError("a worker could not start; it says above why")
-    lesson.show("stopped", "what was accepted is answered")
+    announce("stopped", "what was accepted is answered")
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -477,7 +512,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", metavar="N", type=positive, default=os.cpu_count(), help="default: one a core")
     add("--network", choices=NETWORKS, default="eager", help="default: eager")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    wait = {"type": functools.partial(lesson.whole_number, most=10_000), "default": 0}
+    wait = {"type": functools.partial(lesson.whole_number, most=2000), "default": 0}
     add("--wait", metavar="MS", help="that a batch waits for more requests (default: 0)", **wait)
     chosen = made.parse_args(argv)
     try:

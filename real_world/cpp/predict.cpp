@@ -31,6 +31,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 namespace {
@@ -67,7 +68,7 @@ class Predictor {
     const size_t before = batch_.size();
     if (const auto complaint = parse(line)) {
       batch_.resize(before);
-      complain(*complaint);
+      complain(line_, *complaint);
     } else {
       lines_.push_back(line_);
     }
@@ -86,6 +87,11 @@ class Predictor {
     const int64_t* label = classes.const_data_ptr<int64_t>();
     output_.clear();
     for (int64_t row = 0; row < rows; ++row) {
+      if (!std::isfinite(probability[0])) {  // then none of its row is
+        complain(lines_[row], "has values so large that the answer is no number");
+        probability += columns;
+        continue;
+      }
       append(lines_[row]);
       output_ += ',';
       append(label[row]);
@@ -151,9 +157,9 @@ class Predictor {
     output_.append(text.data(), end);
   }
 
-  void complain(const std::string& complaint) {
+  void complain(int64_t line, const std::string& complaint) {
     any_bad_ = true;
-    std::fprintf(stderr, "predict: line %lld %s\n", static_cast<long long>(line_),
+    std::fprintf(stderr, "predict: line %lld %s\n", static_cast<long long>(line),
                  complaint.c_str());
   }
 
@@ -174,7 +180,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string path = argv[1];
-  if (!std::filesystem::is_regular_file(path)) {
+  std::error_code unreadable;
+  if (!std::filesystem::is_regular_file(path, unreadable)) {
     std::fprintf(stderr, "predict: there is no file %s; 'python -m real_world.deploy' makes one\n",
                  path.c_str());
     return 2;

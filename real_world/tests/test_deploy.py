@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 import lesson_code as lesson
 from real_world import deploy, quiet
@@ -55,11 +56,14 @@ def test_every_form_is_built_and_answers_as_the_network_does(deployed):
 
 @pytest.mark.parametrize("form", deploy.FORMS, ids=lambda form: form.name)
 def test_a_form_read_from_its_file_takes_batches_of_any_size(deployed, model, form):
+    counters["inductor"].clear()
     with torch.inference_mode(), quiet():
         network = form.load(deployed[0] / form.file, model)
         for rows in (1, 2, 63, 1024):
             X = torch.randn(rows, 4)
             torch.testing.assert_close(network(X), model(X), rtol=0, atol=1e-5)
+    if form.name == "torch.compile":
+        assert counters["inductor"]["fxgraph_cache_hit"] > 0, "it was read, not compiled again"
 
 
 def test_a_form_that_answers_something_else_is_an_error(model, tmp_path, capsys):
@@ -73,6 +77,14 @@ def test_a_form_that_answers_something_else_is_an_error(model, tmp_path, capsys)
         with pytest.raises(lesson.ClaimError, match="largest difference"):
             deploy.make(form, model, rows, tmp_path)
         assert capsys.readouterr().out.endswith("NOT SO\n")
+
+
+def test_a_form_that_is_wrong_for_one_size_of_batch_is_found_out(model):
+    for size in (1, 64, 1000, 1024):
+        off = deploy.difference(
+            lambda X, size=size: model(X) + (len(X) == size), model, torch.randn(1024, 4)
+        )
+        assert off > 0.1
 
 
 def test_what_cannot_be_built_is_one_line_and_keeps_the_file_that_was_there(

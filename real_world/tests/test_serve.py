@@ -203,6 +203,7 @@ def test_requests_that_wait_share_a_batch_and_a_bad_one_does_not_touch_the_other
     assert requests == 12
     assert batches <= 3, "12 requests within half a second"
     assert waiting.metric("refusals_total") - refused == 4
+    assert b'refusals_total{status="422"}' in waiting.request("GET", "/metrics")[1]
     assert waiting.metric("batch_rows_sum") >= 36
 
 
@@ -255,7 +256,7 @@ ODD = {
     "no UTF-8": (b'{"\xff\xfe": 1}', 400, "the body is not JSON"),
     "nan": (b'{"features": [[NaN, 0, 0, 0]]}', 400, "the body is not JSON: JSON is malformed"),
     "infinity": (b'{"features": [[0, -Infinity, 0, 0]]}', 400, "the body is not JSON"),
-    "deep": (b"[" * 500_000, 422, "Expected `object`, got `array`"),
+    "deep": (b"[" * 200_000, 422, "Expected `object`, got `array`"),
     "no object": (b"[[0.5, -1.2, 0.3, 0.8]]", 422, "Expected `object`, got `array`"),
     "null": (b"null", 422, "Expected `object`, got `null`"),
     "no features": (b"{}", 422, "missing required field `features`"),
@@ -284,8 +285,8 @@ ODD = {
         422,
         "features has 1025 rows; a request takes",
     ),
-    "length": (b" " * (2**20 + 1), 413, "the body is longer than 1,048,576 bytes"),
-    "far too long": (b" " * 2**25, 413, "the body is longer than 1,048,576 bytes"),
+    "length": (b" " * (2**18 + 1), 413, "the body is longer than 262,144 bytes"),
+    "far too long": (b" " * 2**25, 413, "the body is longer than 262,144 bytes"),
 }
 
 
@@ -408,12 +409,14 @@ def test_whatever_is_sent_is_answered_right_or_refused(server, model, body):
         assert right(model, features, json.loads(content))
 
 
-def test_the_description_is_valid_openapi_and_true(server):
+def test_the_description_is_valid_openapi_and_true(server, tmp_path):
     description = json.loads(server.request("GET", "/openapi.json")[1])
     openapi_spec_validator.validate(description)
     url = f"http://127.0.0.1:{server.port}/openapi.json"
     command = [sys.executable, "-m", "schemathesis.cli", "run", url, "--checks", "all"]
-    done = subprocess.run([*command, "--max-examples", "100"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--max-examples", "100"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
     assert "No issues found" in done.stdout
 
@@ -596,7 +599,7 @@ def test_a_taken_port_and_a_bad_checkpoint_get_a_sentence(server, checkpoint, tm
     [
         ("--port 65536", "'65536' is not a whole number from 0 to 65535"),
         ("--workers 0", "'0' is not a whole number from 1 to 1000"),
-        ("--wait -1", "'-1' is not a whole number from 0 to 10000"),
+        ("--wait -1", "'-1' is not a whole number from 0 to 2000"),
         ("--network onnx", "invalid choice: 'onnx'"),
         ("--device tpu", "there is no device 'tpu' on this machine; it has auto, cpu"),
         ("--prot 80", "unrecognized arguments: --prot"),
@@ -615,6 +618,62 @@ def test_without_a_compiler_a_compiled_network_gets_a_sentence(checkpoint, monke
     status, error = refused(*options)
     assert (status, error.count("\n")) == (1, 1)
     assert error.startswith("serve: --network compile cannot be built: No working")
+
+
+def test_a_network_that_answers_no_number_and_one_in_float64_are_served(checkpoint, tmp_path):
+    large = lesson.load_checkpoint(checkpoint)
+    with torch.no_grad():
+        large.model.output.weight *= 1e12
+    large.model.double()
+    lesson.save_checkpoint(tmp_path / "large.pt", large)
+    with Server("--workers", "1", "--checkpoint", str(tmp_path / "large.pt")) as running:
+        status, answer = running.ask([[1e30, 1e30, 1e30, 1e30]])
+        assert (status, answer) == (
+            422,
+            {"error": "the features are so large that the answer is no number"},
+        )
+        assert running.ask([[0, 0, 0, 0]])[0] == 200
+
+
+def test_two_servers_that_start_at_once_do_not_share_a_port(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+    command = [sys.executable, "-m", "real_world.serve", "--port", port, "--workers", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [
+        subprocess.Popen(
+            [*command, "--checkpoint", checkpoint], cwd=ROOT, start_new_session=True, **pipes
+        )
+        for _ in range(2)
+    ]
+    try:
+        while all(process.poll() is None for process in both):
+            time.sleep(0.01)
+        (loser,) = (process for process in both if process.poll() is not None)
+        assert loser.returncode == 1
+        assert re.match(
+            rf"serve: (another server is starting|cannot listen) on 127.0.0.1 port {port}",
+            loser.stderr.read(),
+        )
+    finally:
+        for process in both:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def test_a_reader_of_the_transcript_who_leaves_does_not_end_the_service(checkpoint):
+    with Server("--workers", "2", "--checkpoint", str(checkpoint)) as running:
+        running.process.stdout.close()
+        os.kill(running.workers[0], signal.SIGKILL)
+        end = time.monotonic() + 60
+        victim = Path(f"/proc/{running.workers[0]}")
+        while victim.exists() or len(running.listening()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert running.ask([ROW])[0] == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0
 
 
 def test_a_checkpoint_that_is_not_there_gets_a_sentence(tmp_path):
