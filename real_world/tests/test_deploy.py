@@ -57,6 +57,7 @@ def test_every_form_is_built_and_answers_as_the_network_does(deployed):
 @pytest.mark.parametrize("form", deploy.FORMS, ids=lambda form: form.name)
 def test_a_form_read_from_its_file_takes_batches_of_any_size(deployed, model, form):
     counters["inductor"].clear()
+    torch.set_num_threads(1)  # as deploy has it: the compiled code is for so many threads
     with torch.inference_mode(), quiet():
         network = form.load(deployed[0] / form.file, model)
         for rows in (1, 2, 63, 1024):
