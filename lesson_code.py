@@ -380,7 +380,7 @@ def trained(seed: int, device: torch.device, epochs: int) -> tuple[Checkpoint, l
     """Train the lesson's network, printing ten losses; return it and its losses on fresh data."""
     X, y, fresh_X, fresh_y = lesson_data(seed, device)
     model, optimizer = untrained(seed, device)
-    # In one piece: kept one by one, among what each epoch frees, they would take 130 kB apiece.
+    # In one piece: kept one by one, they would break up the memory that each epoch gives back.
     fresh_losses = torch.empty(epochs, device=device)
 
     @torch.no_grad()

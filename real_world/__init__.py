@@ -1,7 +1,7 @@
 """The article's claims about production, one runnable page each: `python -m real_world.PAGE`.
 
 Every page imports `lesson_code` and uses its network, its `train()` and its checkpoint unchanged;
-no page imports another. Here is only what all of them start with.
+no page imports another but `digits`, for its data. Here is what all of them start with.
 """
 
 from __future__ import annotations
@@ -20,11 +20,37 @@ import torch
 import lesson_code as lesson
 
 
-def parser(page: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser of the page's options that refuses a wrong one in one sentence."""
+def device(name: str) -> torch.device:
+    """Convert an option's text; raise ArgumentTypeError, which says what this machine has."""
+    try:
+        return lesson.select_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+COMMON = {
+    "--device": {
+        "type": device,
+        "default": "auto",
+        "help": "auto, cpu, cuda, cuda:N or mps (default: auto)",
+    },
+    "--output": {
+        "metavar": "DIR",
+        "type": Path,
+        "default": lesson.CHECKPOINTS,
+        "help": "default: checkpoints/",
+    },
+    "--no-figure": {"action": "store_true", "help": "do not draw the picture"},
+}
+
+
+def parser(page: str, description: str, *common: str) -> argparse.ArgumentParser:
+    """Return a parser of options, these COMMON ones first, that refuses one in one sentence."""
     prog = f"python -m real_world.{page}"
     made = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     made.error = lambda message: made.exit(2, f"{page}: {message}\n")  # no usage lines
+    for name in common:
+        made.add_argument(name, **COMMON[name])
     return made
 
 

@@ -207,7 +207,7 @@ def service_chart(results: dict[str, Any], path: Path) -> None:
 def scaling_worker(network: str, samples: int, steps: int) -> None:
     """Train on this process's share of `samples`; rank 0 prints the seconds of a step."""
     torch.set_num_threads(1)
-    group = distributed.join({}, "gloo", "cpu", seconds=60)
+    group = distributed.join({}, "gloo", torch.device("cpu"), seconds=60)
     model = distributed.wide_network(0) if network == "wide" else lesson.SimpleClassifier()
     width = next(model.parameters()).shape[1]
     X, y = lesson.make_synthetic_data(samples, width, 3)
@@ -342,7 +342,8 @@ def with_results(readme: str, results: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "uvicorn", "fastapi")}
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    described = Path("/proc/cpuinfo")  # of Linux
+    found = described.exists() and re.search(r"model name\s*: (.+)", described.read_text())
     cpu = {"processor": found[1] if found else platform.processor(), "cores": os.cpu_count()}
     return {**cpu, "system": platform.platform(), "python": platform.python_version(), **versions}
 

@@ -313,9 +313,7 @@ def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
-    made = parser("deploy", "The lesson's checkpoint in four forms that leave Python.")
-    output = {"type": Path, "default": lesson.CHECKPOINTS, "help": "default: checkpoints/"}
-    made.add_argument("--output", metavar="DIR", **output)
+    made = parser("deploy", "The lesson's checkpoint in four forms that leave Python.", "--output")
     made.add_argument("--cpp", action="store_true", help="also build and check the C++ program")
     return made.parse_args(argv)
 

@@ -103,7 +103,7 @@ def read_digits(
 
     Raises ClaimError where fewer than 96 % are read right, for the default seed and epochs.
     """
-    quote = "The training loop you write today ..."
+    quote = "Generate synthetic data using ... torch.randint for labels"
     lesson.heading("Digits: the lesson's network on real data", quote)
     digits = load_digits(seed, device)
     lesson.show("images to train on", f"{len(digits.y):,}, of 8 x 8 pixels")
@@ -136,21 +136,12 @@ def read_digits(
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
-    made = parser("digits", "The lesson's network on 1,797 scanned digits.")
-    add = made.add_argument
+    about = "The lesson's network on 1,797 scanned digits."
+    made = parser("digits", about, "--device", "--output", "--no-figure")
     positive = functools.partial(lesson.whole_number, least=1)
-    add("--seed", metavar="N", type=lesson.whole_number, default=0, help="default: 0")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--epochs", metavar="N", type=positive, default=200, help="default: 200")
-    output = {"type": Path, "default": lesson.CHECKPOINTS, "help": "default: checkpoints/"}
-    add("--output", metavar="DIR", **output)
-    add("--no-figure", action="store_true", help="do not draw digits.png")
-    chosen = made.parse_args(argv)
-    try:
-        chosen.device = lesson.select_device(chosen.device)
-    except ValueError as error:
-        made.error(f"argument --device: {error}")
-    return chosen
+    made.add_argument("--seed", metavar="N", type=lesson.whole_number, default=0, help="default: 0")
+    made.add_argument("--epochs", metavar="N", type=positive, default=200, help="default: 200")
+    return made.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -97,25 +97,30 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
     return dist.PrefixStore(f"attempt-{attempt}", store), rank, world
 
 
+def wait_for(store: dist.Store, what: str, world: int, seconds: float) -> None:
+    """Wait until every rank has set `what`; raise ClaimError, which names one that is late."""
+    end = time.monotonic() + seconds
+    for rank in range(world):
+        left = max(end - time.monotonic(), 0.001)
+        try:
+            with quiet():
+                store.wait([f"{what}/{rank}"], datetime.timedelta(seconds=left))
+        except dist.DistStoreError:
+            late = f"rank {rank} of {world} did not come within {seconds:.0f} s"
+            raise lesson.ClaimError(f"{late}; see what it says where it runs") from None
+
+
 def call_roll(store: dist.Store, rank: int, world: int, facts: dict, seconds: float) -> None:
     """Tell the others `facts`, and compare theirs, which must be the same.
 
     Raises ClaimError, which names the rank, where one does not come within `seconds`, or differs.
     """
     store.set(f"facts/{rank}", json.dumps(facts))
-    end = time.monotonic() + seconds
-    for other in range(world):
-        try:
-            with quiet():
-                left = max(end - time.monotonic(), 0.001)
-                store.wait([f"facts/{other}"], datetime.timedelta(seconds=left))
-        except dist.DistStoreError:
-            late = f"rank {other} of {world} did not come within {seconds:.0f} s"
-            raise lesson.ClaimError(f"{late}; see what it says where it runs") from None
+    wait_for(store, "facts", world, seconds)
     first, *others = (json.loads(store.get(f"facts/{other}")) for other in range(world))
     store.set(f"read/{rank}", "")
     if rank == 0:  # the store may be this process's, and the others still need it
-        store.wait([f"read/{other}" for other in range(world)], datetime.timedelta(seconds=seconds))
+        wait_for(store, "read", world, seconds)
     for other, theirs in enumerate(others, start=1):
         for fact, value in theirs.items():
             if value != first[fact]:
@@ -123,15 +128,13 @@ def call_roll(store: dist.Store, rank: int, world: int, facts: dict, seconds: fl
                 raise lesson.ClaimError(f"{differs}; all must have the same")
 
 
-def join(facts: dict, backend: str, device_name: str, seconds: float) -> Group:
+def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Group:
     """Meet the other processes, and make torch.distributed's default group of them.
 
     Raises ClaimError, one sentence, where that cannot be.
     """
-    local = os.environ.get("LOCAL_RANK", "0")
-    if device_name == "auto" and torch.cuda.is_available():
-        device_name = f"cuda:{local}"
-    device = lesson.select_device(device_name)
+    if device.type == "cuda" and device.index is None:  # each process of a machine has its own GPU
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
@@ -141,14 +144,20 @@ def join(facts: dict, backend: str, device_name: str, seconds: float) -> Group:
     store, rank, world = meet(seconds)
     if rank > 0:
         sys.stdout = None  # print() then does nothing: one transcript is enough
-    call_roll(
-        store, rank, world, {"torch": torch.__version__, "backend": backend, **facts}, seconds
-    )
+    facts = {"torch": torch.__version__, "backend": backend, **facts}
+    call_roll(store, rank, world, facts, seconds)
     timeout = datetime.timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return Group(rank, world, device)
+
+
+def gather(number: int, group: Group) -> list[int]:
+    """Return the `number` of every rank."""
+    numbers = [torch.zeros((), dtype=torch.int64, device=group.device) for _ in range(group.world)]
+    dist.all_gather(numbers, torch.tensor(number, device=group.device))
+    return [each.item() for each in numbers]
 
 
 # %% Data parallel: the same answer
@@ -324,11 +333,10 @@ def fully_sharded(
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     divide(model, group)
     held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
-    parts = [torch.zeros((), dtype=torch.int64, device=group.device) for _ in range(group.world)]
-    dist.all_gather(parts, torch.tensor(held, device=group.device))
-    by_rank = ", ".join(f"{part.item():,}" for part in parts)
+    parts = gather(held, group)
     lesson.show("bytes of the parameters", f"{whole:,}")
-    fair = max(part.item() for part in parts) <= whole / group.world * 1.01
+    by_rank = ", ".join(f"{part:,}" for part in parts)
+    fair = max(parts) <= whole / group.world * 1.01
     lesson.check("of which the processes hold", by_rank, fair)
 
     own = share(len(digits.y), group.rank, group.world)
@@ -461,8 +469,9 @@ def plan(device: torch.device, bandwidth: float, latency: float, output: Path) -
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options, checked; exit with status 2, after one sentence, where one is wrong."""
-    made = parser("distributed", "The lesson's train() on many processes.")
+    """Return the options; exit with status 2, after one sentence, where one is wrong."""
+    about = "The lesson's train() on many processes."
+    made = parser("distributed", about, "--device", "--output")
     add = made.add_argument
     positive = functools.partial(lesson.whole_number, least=1)
     add("--epochs", metavar="N", type=positive, default=200, help="default: 200")
@@ -470,22 +479,14 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", metavar="N", type=positive, help="train on so many of the digits alone")
     add("--seed", metavar="N", type=lesson.whole_number, default=0, help="default: 0")
     add("--backend", choices=("auto", "gloo", "nccl"), default="auto", help="default: auto")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add(
         "--timeout", metavar="S", type=positive, default=60, help="to wait for others (default: 60)"
     )
-    output = {"type": Path, "default": lesson.CHECKPOINTS, "help": "default: checkpoints/"}
-    add("--output", metavar="DIR", **output)
     add("--fsdp", choices=("save", "load"), help="divide a network, and save or load its parts")
     add("--plan", action="store_true", help="work out 1 to 10,000 workers from one process")
     add("--bandwidth", metavar="GBIT", type=positive, default=100, help="for --plan (default: 100)")
     add("--latency", metavar="US", type=positive, default=5, help="for --plan (default: 5)")
-    chosen = made.parse_args(argv)
-    try:
-        lesson.select_device(chosen.device)
-    except ValueError as error:
-        made.error(f"argument --device: {error}")
-    return chosen
+    return made.parse_args(argv)
 
 
 def work(chosen: argparse.Namespace) -> None:
@@ -495,8 +496,7 @@ def work(chosen: argparse.Namespace) -> None:
             "Distributed, on paper", "thousands of A100 GPUs coordinated via torch.distributed"
         )
         torch.set_num_threads(1)
-        device = lesson.select_device(chosen.device)
-        plan(device, chosen.bandwidth * 1e9 / 8, chosen.latency / 1e6, chosen.output)
+        plan(chosen.device, chosen.bandwidth * 1e9 / 8, chosen.latency / 1e6, chosen.output)
         return
     torch.set_num_threads(1)  # the processes share the cores
     facts = {"seed": chosen.seed, "epochs": chosen.epochs, "samples": chosen.samples}
@@ -512,10 +512,8 @@ def work(chosen: argparse.Namespace) -> None:
         if group.world > len(digits.y):
             few = f"{group.world} processes for {len(digits.y)} samples"
             refuse(f"{few}: each needs one at least, so start fewer")
-        pids = [torch.zeros((), dtype=torch.int64, device=group.device) for _ in range(group.world)]
-        dist.all_gather(pids, torch.tensor(os.getpid(), device=group.device))
         lesson.show("joined by", f"{dist.get_backend()}, on {group.device}")
-        lesson.show("processes", ", ".join(str(pid.item()) for pid in pids))
+        lesson.show("processes", ", ".join(map(str, gather(os.getpid(), group))))
         if chosen.fsdp:
             fully_sharded(group, digits, chosen.seed, chosen.epochs, chosen.output, chosen.fsdp)
         else:

@@ -361,9 +361,7 @@ def control(device: torch.device, epochs: int, output: Path, no_figure: bool) ->
     quote = "You control what happens before and after each gradient update."
     lesson.heading("Training control: the explicit loop, changed", quote)
     digits = load_digits(device=device)
-    lesson.show(
-        "the lines of train() stand; changed", f"> these; {epochs} epochs each, on {device}"
-    )
+    lesson.show("train(), but for the lines at >", f"{epochs} epochs each, on {device}")
     curves = [compare(digits, epochs) for compare in COMPARISONS]
     if not no_figure:
         output.mkdir(parents=True, exist_ok=True)
@@ -374,20 +372,11 @@ def control(device: torch.device, epochs: int, output: Path, no_figure: bool) ->
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
-    made = parser("training_control", "The lesson's loop with a line or two changed.")
-    add = made.add_argument
+    about = "The lesson's loop with a line or two changed."
+    made = parser("training_control", about, "--device", "--output", "--no-figure")
     epochs = functools.partial(lesson.whole_number, least=100, most=10_000)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--epochs", metavar="N", type=epochs, default=200, help="from 100 on (default: 200)")
-    output = {"type": Path, "default": lesson.CHECKPOINTS, "help": "default: checkpoints/"}
-    add("--output", metavar="DIR", **output)
-    add("--no-figure", action="store_true", help="do not draw training_control.png")
-    chosen = made.parse_args(argv)
-    try:
-        chosen.device = lesson.select_device(chosen.device)
-    except ValueError as error:
-        made.error(f"argument --device: {error}")
-    return chosen
+    made.add_argument("--epochs", metavar="N", type=epochs, default=200, help="default: 200")
+    return made.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
