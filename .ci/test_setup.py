@@ -73,6 +73,22 @@ def test_changed_requirements_and_all_are_noticed(project):
     assert run(project, "python", "-c", "import packaging, pluggy").returncode == 0
 
 
+def test_a_python_too_old_for_the_pages_is_named(project):
+    assert run(project).returncode == 0
+    (project / "real_world").mkdir()
+    (project / "real_world" / "requirements.txt").write_text("pluggy==1.7.0\n")
+    python = project / ".venv" / "bin" / "python"
+    python.rename(python.with_name("real"))
+    python.write_text(
+        '#!/bin/sh\ncase "$2" in *"(3, 11)"*) exit 1 ;; esac\nexec "${0%python}real" "$@"\n'
+    )
+    python.chmod(0o755)
+    refused = run(project, "--all", "true")
+    assert refused.returncode == 1
+    assert "the pages of real_world/ need Python 3.11 or newer: delete .venv" in refused.stderr
+    assert run(project, "true").returncode == 0, "the lesson goes on"
+
+
 def test_an_interrupted_set_up_is_repaired_and_a_moved_folder_too(project):
     with subprocess.Popen(
         [project / "setup.sh"], start_new_session=True, stderr=subprocess.DEVNULL

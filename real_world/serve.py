@@ -30,6 +30,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Annotated
 
 import msgspec  # JSON and its schema in one pass, the fastest of its kind
 import numpy as np
@@ -43,7 +44,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 from uvicorn.supervisors import Multiprocess
 
 import lesson_code as lesson
@@ -57,7 +57,7 @@ DEFAULT = lesson.CHECKPOINTS / "lesson.pt"
 NETWORKS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
     "eager": lambda model: model,
     "torchscript": torch.jit.script,
-    "compile": functools.partial(torch.compile, dynamic=True),
+    "compile": lambda model: torch.compile(model, dynamic=True),
 }
 
 POWERS_OF_TWO = [2**power for power in range(11)]
@@ -76,42 +76,28 @@ BATCH_ROWS = prometheus_client.Histogram("batch_rows", "Rows of a batch.", bucke
 # %% Preprocessing: bytes to features
 
 
-class Features(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of a request."""
+def features_type(in_features: int) -> type[msgspec.Struct]:
+    """Return the type of a request's body: 1 to LARGEST_BATCH rows of `in_features` values."""
+    value = Annotated[float, msgspec.Meta(ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
+    row = Annotated[list[value], msgspec.Meta(min_length=in_features, max_length=in_features)]
+    rows = Annotated[list[row], msgspec.Meta(min_length=1, max_length=LARGEST_BATCH)]
+    return msgspec.defstruct("Features", [("features", rows)], forbid_unknown_fields=True)
 
-    features: list[list[float]]
 
-
-def preprocess(body: bytes, in_features: int) -> np.ndarray:
+def preprocess(body: bytes, decoder: msgspec.json.Decoder) -> np.ndarray:
     """Return the features of a request's JSON, (rows, in_features) float32.
 
-    Raises HTTPException, 400 or 422 with a sentence, for anything else.
+    `decoder` is of `features_type`. Raises HTTPException, 400 or 422 with a sentence, for a body
+    that it does not take.
     """
     try:
-        rows = msgspec.json.decode(body, type=Features).features
+        return np.array(decoder.decode(body).features, dtype=np.float32)
     except msgspec.ValidationError as error:
-        example = [[0.0] * in_features]
-        raise HTTPException(
-            422, f'the body should be like {{"features": {example}}}: {error}'
-        ) from None
+        sentence = f"the body is not features of this network, see /openapi.json: {error}"
+        raise HTTPException(422, sentence) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error) if body else "it is empty"
         raise HTTPException(400, f"the body is not JSON: {reason}") from None
-    if not 1 <= len(rows) <= LARGEST_BATCH:
-        raise HTTPException(
-            422, f"features has {len(rows)} rows; a request takes 1 to {LARGEST_BATCH}"
-        )
-    for index, row in enumerate(rows):
-        if len(row) != in_features:
-            raise HTTPException(
-                422, f"features[{index}] has {len(row)} values; the network takes {in_features}"
-            )
-    features = np.array(rows)
-    if not (within := np.abs(features) <= LARGEST_VALUE).all():
-        row, column = np.argwhere(~within)[0]
-        value = f"features[{row}][{column}] is {rows[row][column]}"
-        raise HTTPException(422, f"{value}; the network takes values up to {LARGEST_VALUE}")
-    return features.astype(np.float32)
 
 
 # %% Tensor batch -> PyTorch model -> logits
@@ -119,11 +105,14 @@ def preprocess(body: bytes, in_features: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every worker is given, also one that takes another's place: the same network."""
+    """What every worker is given, also one that takes another's place: the same network.
+
+    `network` is of NETWORKS, `wait` how many seconds a batch waits for more requests.
+    """
 
     model: lesson.SimpleClassifier
     network: str
-    device: str
+    device: torch.device
     wait: float
 
 
@@ -134,8 +123,9 @@ def warm_network(settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
     Raises BackendCompilerFailed where torch.compile finds no compiler.
     """
     torch.set_num_threads(1)  # the workers share the cores; a small batch gains nothing from two
-    torch._inductor.config.compile_threads = 1  # no pool of processes for each of them
-    device = torch.device(settings.device)
+    if settings.network == "compile":
+        torch._inductor.config.compile_threads = 1  # no pool of processes for each of them
+    device = settings.device
     network = NETWORKS[settings.network](settings.model.to(device).eval())
 
     @torch.inference_mode()
@@ -161,33 +151,33 @@ class Batcher:
     def __init__(self, wait: float = 0.0) -> None:
         self.wait = wait
         self.waiting: deque[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = deque()
-        self.rows = 0  # of all that wait
-        self.some, self.enough = asyncio.Event(), asyncio.Event()
+        self.waiting_rows = 0
+        self.not_empty, self.full = asyncio.Event(), asyncio.Event()
 
     def submit(self, features: np.ndarray) -> asyncio.Future[np.ndarray]:
         """Return what will be the probabilities of `features`, (rows, classes) float32."""
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((features, future))
-        self.count(len(features))
+        self.add_waiting_rows(len(features))
         return future
 
-    def count(self, rows: int) -> None:
-        """Note that `rows` more, or fewer, wait."""
-        self.rows += rows
-        for event, least in ((self.some, 1), (self.enough, LARGEST_BATCH)):
-            event.set() if self.rows >= least else event.clear()
+    def add_waiting_rows(self, rows: int) -> None:
+        """Note that `rows` more wait, or fewer."""
+        self.waiting_rows += rows
+        for event, least in ((self.not_empty, 1), (self.full, LARGEST_BATCH)):
+            event.set() if self.waiting_rows >= least else event.clear()
 
     async def gather(self) -> list[tuple[np.ndarray, asyncio.Future[np.ndarray]]]:
         """Return the requests of the next batch, in the order in which they came."""
-        await self.some.wait()
+        await self.not_empty.wait()
         if self.wait:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.enough.wait(), self.wait)
+                await asyncio.wait_for(self.full.wait(), self.wait)
         batch, rows = [], 0
         while self.waiting and rows + len(self.waiting[0][0]) <= LARGEST_BATCH:
             batch.append(self.waiting.popleft())
             rows += len(batch[-1][0])
-        self.count(-rows)
+        self.add_waiting_rows(-rows)
         return batch
 
     async def run(self) -> None:
@@ -214,12 +204,24 @@ class Batcher:
 # %% Postprocessing: probabilities to bytes
 
 
+class Prediction(msgspec.Struct, forbid_unknown_fields=True):
+    """The answer to one row: its class, and the probability of every class."""
+
+    label: int = msgspec.field(name="class")
+    probabilities: list[Annotated[float, msgspec.Meta(ge=0, le=1)]]
+
+
+class Predictions(msgspec.Struct, forbid_unknown_fields=True):
+    """The answer to a request: a prediction for each row, in order."""
+
+    predictions: list[Prediction]
+
+
 def postprocess(probabilities: np.ndarray) -> bytes:
     """Return JSON with the class and the probabilities of every row, (rows, classes) float32."""
     classes = probabilities.argmax(axis=1).tolist()
-    answers = zip(classes, probabilities.tolist(), strict=True)
-    predictions = [{"class": label, "probabilities": shares} for label, shares in answers]
-    return msgspec.json.encode({"predictions": predictions}) + b"\n"  # for who reads it in a shell
+    predictions = Predictions(list(map(Prediction, classes, probabilities.tolist())))
+    return msgspec.json.encode(predictions) + b"\n"  # for who reads it in a shell
 
 
 # %% Request -> response
@@ -239,10 +241,16 @@ async def read(receive: Receive) -> bytes:
     return body
 
 
+class Refusal(msgspec.Struct, forbid_unknown_fields=True):
+    """The answer to a request that is wrong: what is."""
+
+    error: str
+
+
 def refusal(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer to a request that is wrong."""
     REFUSALS.labels(status).inc()
-    content = msgspec.json.encode({"error": sentence}) + b"\n"
+    content = msgspec.json.encode(Refusal(sentence)) + b"\n"
     return Response(content, status, headers, "application/json")
 
 
@@ -251,13 +259,13 @@ class Predict:
 
     def __init__(self, batcher: Batcher, in_features: int) -> None:
         self.batcher = batcher
-        self.in_features = in_features
+        self.decoder = msgspec.json.Decoder(features_type(in_features))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         start = time.perf_counter()
         try:
-            features = preprocess(await read(receive), self.in_features)
+            features = preprocess(await read(receive), self.decoder)
             probabilities = await self.batcher.submit(features)
             if not np.isfinite(probabilities).all():
                 raise HTTPException(422, "the features are so large that the answer is no number")
@@ -305,7 +313,7 @@ async def refuse(request: Request, error: HTTPException) -> Response:
 
 
 class Service(Starlette):
-    """The routes, and a short cut to the busy one: Starlette's way costs a fifth of a request."""
+    """The routes, and a short cut to the busy one, which Starlette's layers would slow down."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -323,7 +331,7 @@ def application(settings: Settings) -> Service:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         batcher.network = warm_network(settings)
-        # PyTorch brings 170,000 objects, and a full collection, 50 ms, would look through them all.
+        # A full collection would look through all the objects that PyTorch brings, and all wait.
         gc.collect()
         gc.freeze()
         loop = asyncio.get_running_loop()
@@ -353,7 +361,7 @@ def application(settings: Settings) -> Service:
     app.router.redirect_slashes = False  # /predict/ is not there, rather than elsewhere
     app.state.predict = predict
     app.state.in_features = in_features
-    app.state.description = {"network": settings.network, "device": settings.device}
+    app.state.description = {"network": settings.network, "device": str(settings.device)}
     return app
 
 
@@ -410,7 +418,7 @@ class Supervisor(Multiprocess):
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """What the next worker listens on; that worker alone keeps it, and takes it along."""
+        """What the next worker, for which uvicorn reads this, listens on: it alone keeps it."""
         return [listen(self.config.host, self.config.port, shared=True)]
 
     @sockets.setter
@@ -455,7 +463,13 @@ class Supervisor(Multiprocess):
 
 
 def serve(
-    checkpoint: Path, host: str, port: int, workers: int, network: str, device: str, wait: float
+    checkpoint: Path,
+    host: str,
+    port: int,
+    workers: int,
+    network: str,
+    device: torch.device,
+    wait: float,
 ) -> None:
     """Serve the network of `checkpoint` until SIGTERM or Ctrl-C.
 
@@ -471,11 +485,11 @@ def serve(
         alone(host, port) as port,
         tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder,
     ):
-        if network != "eager":
+        if network == "compile":  # once, for all workers: they find it in the compiler's cache
+            from torch._dynamo.exc import BackendCompilerFailed
+
             try:
-                warm_network(
-                    settings
-                )  # once, for all workers: they find it in the compiler's cache
+                warm_network(settings)
             except BackendCompilerFailed as error:
                 reason = str(error.inner_exception).splitlines()[0]
                 raise lesson.ClaimError(f"--network {network} cannot be built: {reason}") from None
@@ -497,12 +511,17 @@ def serve(
         supervisor.run()
     if any(process.exitcode == uvicorn.config.STARTUP_FAILURE for process in supervisor.processes):
         raise lesson.ClaimError("a worker could not start; it says above why")
-    announce("stopped", "what was accepted is answered")
+    announce("stopped", "all workers have ended")
+
+
+def milliseconds(text: str) -> float:
+    """Convert an option's text to seconds; raise ArgumentTypeError, which says what is right."""
+    return lesson.whole_number(text, most=2000) / 1000
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
-    made = parser("serve", "The lesson's network behind HTTP.")
+    made = parser("serve", "The lesson's network behind HTTP.", "--device")
     port = functools.partial(lesson.whole_number, most=65535)
     positive = functools.partial(lesson.whole_number, least=1, most=1000)
     add = made.add_argument
@@ -511,16 +530,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0 takes a free one")
     add("--workers", metavar="N", type=positive, default=os.cpu_count(), help="default: one a core")
     add("--network", choices=NETWORKS, default="eager", help="default: eager")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    wait = {"type": functools.partial(lesson.whole_number, most=2000), "default": 0}
-    add("--wait", metavar="MS", help="that a batch waits for more requests (default: 0)", **wait)
-    chosen = made.parse_args(argv)
-    try:
-        chosen.device = str(lesson.select_device(chosen.device))
-    except ValueError as error:
-        made.error(f"argument --device: {error}")
-    chosen.wait /= 1000
-    return chosen
+    wait = "that a batch waits for more requests, up to 2000 (default: 0)"
+    add("--wait", metavar="MS", type=milliseconds, default=0.0, help=wait)
+    return made.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -533,44 +545,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(in_features: int) -> dict:
-    """Return the OpenAPI description of the service."""
+    """Return the OpenAPI description of the service, from the types that it decodes and encodes."""
+    (features, predictions, refused), components = msgspec.json.schema_components(
+        [features_type(in_features), Predictions, Refusal],
+        ref_template="#/components/schemas/{name}",
+    )
 
-    def array(items: dict, least: int = 1, most: int = LARGEST_BATCH) -> dict:
-        return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+    def content(schema: dict, media: str = "application/json") -> dict:
+        return {"content": {media: {"schema": schema}}}
 
-    def record(**properties: dict) -> dict:
-        closed = {"required": list(properties), "additionalProperties": False}
-        return {"type": "object", "properties": properties, **closed}
+    def get(summary: str, schema: dict, media: str = "application/json") -> dict:
+        answer = {"description": summary, **content(schema, media)}
+        return {"get": {"summary": summary, "responses": {"200": answer}}}
 
-    def answer(description: str, schema: dict, media: str = "application/json") -> dict:
-        return {"description": description, "content": {media: {"schema": schema}}}
-
-    def get(summary: str, *answered: object) -> dict:
-        return {"get": {"summary": summary, "responses": {"200": answer(summary, *answered)}}}
-
-    text, refusal = {"type": "string"}, record(error={"type": "string"})
-    value = {"type": "number", "minimum": -LARGEST_VALUE, "maximum": LARGEST_VALUE}
-    share = {"type": "number", "minimum": 0, "maximum": 1}
-    prediction = record(**{"class": {"type": "integer"}, "probabilities": array(share)})
-    features = record(features=array(array(value, in_features, in_features)))
     predict = {
         "summary": "The class and the probabilities of every row, in order",
-        "requestBody": {"required": True, "content": {"application/json": {"schema": features}}},
+        "requestBody": {"required": True, **content(features)},
         "responses": {
-            "200": answer("One prediction a row", record(predictions=array(prediction))),
-            "400": answer("Not JSON", refusal),
-            "413": answer("Too long", refusal),
-            "422": answer("JSON, but no features of this network", refusal),
+            "200": {"description": "One prediction a row", **content(predictions)},
+            "400": {"description": "Not JSON", **content(refused)},
+            "413": {"description": "Too long", **content(refused)},
+            "422": {"description": "JSON, but not features of this network", **content(refused)},
         },
     }
     return {
         "openapi": "3.1.0",
         "info": {"title": "The lesson's network", "version": "1"},
+        "components": {"schemas": components},
         "paths": {
             "/predict": {"post": predict},
-            "/live": get("Liveness", record(status=text)),
-            "/ready": get("Readiness", record(status=text, network=text, device=text)),
-            "/metrics": get("What was counted, for Prometheus", text, "text/plain"),
+            "/live": get("Liveness", {"type": "object", "required": ["status"]}),
+            "/ready": get(
+                "Readiness", {"type": "object", "required": ["status", "network", "device"]}
+            ),
+            "/metrics": get("What was counted, for Prometheus", {"type": "string"}, "text/plain"),
             "/openapi.json": get("This description", {"type": "object"}),
         },
     }

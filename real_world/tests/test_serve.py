@@ -3,6 +3,7 @@
 pytest real_world/tests/test_serve.py
 """
 
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -14,12 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import openapi_spec_validator
 import pytest
 import torch
@@ -27,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lesson_code as lesson
+from real_world import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = [0.5, -1.2, 0.3, 0.8]
@@ -121,7 +125,7 @@ def server(checkpoint):
         yield running
         status, rest = running.stop()
         assert status == 0
-        assert rest.endswith("stopped                             what was accepted is answered\n")
+        assert rest.endswith("stopped                             all workers have ended\n")
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,41 @@ def test_a_full_batch_does_not_wait_and_a_larger_one_is_split(waiting, model):
     assert waiting.metric("batch_rows_count") - batches == 3, "two of 700 are more than 1,024"
 
 
+def test_a_full_batch_goes_though_the_wait_is_an_hour():
+    async def fill() -> np.ndarray:
+        batcher = serve.Batcher(wait=3600)
+        batcher.network = lambda features: features * 2
+        running = asyncio.create_task(batcher.run())
+        first, second = (
+            batcher.submit(np.full((rows, 4), rows, np.float32)) for rows in (24, 1000)
+        )
+        answers = await asyncio.wait_for(asyncio.gather(first, second), 60)
+        running.cancel()
+        return answers
+
+    first, second = asyncio.run(fill())
+    assert (first == 48).all()
+    assert (second == 2000).all()
+
+
+def test_a_network_that_fails_tells_those_who_asked_and_answers_the_next():
+    async def fail() -> list:
+        batcher = serve.Batcher()
+        batcher.network = lambda features: 1 / 0
+        running = asyncio.create_task(batcher.run())
+        gone, asked = (batcher.submit(np.zeros((1, 4), np.float32)) for _ in range(2))
+        gone.cancel()
+        outcomes = [*await asyncio.gather(asked, return_exceptions=True)]
+        batcher.network = lambda features: features
+        outcomes.append(await asyncio.wait_for(batcher.submit(np.ones((1, 4), np.float32)), 60))
+        running.cancel()
+        return outcomes
+
+    error, answer = asyncio.run(fail())
+    assert isinstance(error, ZeroDivisionError)
+    assert (answer == 1).all()
+
+
 @pytest.mark.parametrize("network", ["torchscript", "compile"])
 def test_a_compiled_network_answers_the_same(checkpoint, model, network):
     options = ("--workers", "1", "--network", network, "--checkpoint", str(checkpoint))
@@ -269,21 +308,29 @@ ODD = {
     "too large": (
         b'{"features": [[0, 1e31, 0, 0]]}',
         422,
-        "features[0][1] is 1e+31; the network takes",
+        "Expected `float` <= 1e+30 - at `$.features[0][1]`",
     ),
     "beyond": (b'{"features": [[0, 1e999, 0, 0]]}', 422, "Number out of range"),
-    "no rows": (b'{"features": []}', 422, "features has 0 rows; a request takes 1 to 1024"),
-    "an empty row": (b'{"features": [[]]}', 422, "features[0] has 0 values; the network takes 4"),
+    "no rows": (b'{"features": []}', 422, "Expected `array` of length >= 1 - at `$.features`"),
+    "an empty row": (
+        b'{"features": [[]]}',
+        422,
+        "Expected `array` of length >= 4 - at `$.features[0]`",
+    ),
     "a short row": (
         b'{"features": [[0,0,0,0],[1,2,3]]}',
         422,
-        "features[1] has 3 values; the network",
+        "Expected `array` of length >= 4 - at `$.features[1]`",
     ),
-    "a long row": (b'{"features": [[1,2,3,4,5]]}', 422, "features[0] has 5 values; the network"),
+    "a long row": (
+        b'{"features": [[1,2,3,4,5]]}',
+        422,
+        "Expected `array` of length <= 4 - at `$.features[0]`",
+    ),
     "rows": (
         json.dumps({"features": [ROW] * 1025}),
         422,
-        "features has 1025 rows; a request takes",
+        "Expected `array` of length <= 1024 - at `$.features`",
     ),
     "length": (b" " * (2**18 + 1), 413, "the body is longer than 262,144 bytes"),
     "far too long": (b" " * 2**25, 413, "the body is longer than 262,144 bytes"),
@@ -308,6 +355,13 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(server):
         chunks = (b" " * 2**16 for _ in range(32))
         connection.request("POST", "/predict", chunks, encode_chunked=True)
         assert connection.getresponse().status == 413
+
+
+def test_a_body_without_an_end_is_refused_before_it_ends(server):
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head + (b"10000\r\n" + b" " * 2**16 + b"\r\n") * 5)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize(
@@ -674,6 +728,27 @@ def test_a_reader_of_the_transcript_who_leaves_does_not_end_the_service(checkpoi
         assert running.ask([ROW])[0] == 200
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(30) == 0
+
+
+def test_workers_that_cannot_start_end_it_and_are_not_replaced_for_ever(checkpoint):
+    """A network on the meta device has shapes and no numbers, so its first answer fails."""
+    script = textwrap.dedent(
+        f"""
+        import sys, torch
+        from pathlib import Path
+        from real_world import run, serve
+
+        where = (Path({str(checkpoint)!r}), "127.0.0.1", 0, 2, "eager", torch.device("meta"), 0.0)
+        if __name__ == "__main__":
+            sys.exit(run("serve", lambda: serve.serve(*where)))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("\nserve: a worker could not start; it says above why\n")
+    assert "a worker died" not in done.stdout
 
 
 def test_a_checkpoint_that_is_not_there_gets_a_sentence(tmp_path):
