@@ -246,7 +246,8 @@ def test_a_network_that_fails_tells_those_who_asked_and_answers_the_next():
         running = asyncio.create_task(batcher.run())
         gone, asked = (batcher.submit(np.zeros((1, 4), np.float32)) for _ in range(2))
         gone.cancel()
-        outcomes = [*await asyncio.gather(asked, return_exceptions=True)]
+        told = asyncio.gather(asked, return_exceptions=True)
+        outcomes = [*await asyncio.wait_for(told, 60)]
         batcher.network = lambda features: features
         outcomes.append(await asyncio.wait_for(batcher.submit(np.ones((1, 4), np.float32)), 60))
         running.cancel()
