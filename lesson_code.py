@@ -51,7 +51,7 @@ def heading(title: str, quote: str) -> None:
 
 def show(label: str, value: object) -> None:
     """Print what it is and its value, aligned."""
-    print(f"  {label:<35} {value}")
+    print(f"  {label:<32} {value}")
 
 
 def check(claim: str, measured: object, holds: bool) -> None:
@@ -566,7 +566,7 @@ def verify_and_demo(
     losses = resumed.losses + train(model, X, y, optimizer=optimizer, epochs=epochs - half)
     weights = zip(model.parameters(), checkpoint.model.parameters(), strict=True)
     same = losses == checkpoint.losses and all(torch.equal(*pair) for pair in weights)
-    claim = f"{half} epochs, saved, loaded, {epochs - half} more"
+    claim = f"{half} epochs, saved, read, {epochs - half} more"
     check(claim, f"the same losses and weights as {epochs}", same)
 
     samples = fresh_X[:4]

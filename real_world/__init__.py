@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -15,9 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
+try:
+    import torch
+    from tqdm import tqdm
 
-import lesson_code as lesson
+    import lesson_code as lesson
+except KeyboardInterrupt:  # importing torch takes seconds
+    sys.exit(130)
 
 
 def device(name: str) -> torch.device:
@@ -38,7 +43,13 @@ COMMON = {
         "metavar": "DIR",
         "type": Path,
         "default": lesson.CHECKPOINTS,
-        "help": "default: checkpoints/",
+        "help": "the folder to write in (default: checkpoints/)",
+    },
+    "--seed": {
+        "metavar": "N",
+        "type": lesson.whole_number,
+        "default": 0,
+        "help": "of all that is drawn at random (default: 0)",
     },
     "--no-figure": {"action": "store_true", "help": "do not draw the picture"},
 }
@@ -52,6 +63,17 @@ def parser(page: str, description: str, *common: str) -> argparse.ArgumentParser
     for name in common:
         made.add_argument(name, **COMMON[name])
     return made
+
+
+def number(text: str, least: float, most: float) -> float:
+    """Convert an option's text; raise ArgumentTypeError, which says what would be right."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if least <= value <= most:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
 
 
 def shown(path: Path) -> Path:
@@ -77,6 +99,46 @@ def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
         raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
     checkpoint.model.float()  # what distributed.py trains is float64
     return checkpoint
+
+
+class Batches:
+    """on_epoch of train(): after each step, the next batch takes the place of the last.
+
+    The lesson's epoch is one step on all of its data. Here it is a step on some of them: `draw`
+    returns X, a tensor or a tuple of them, and y, and each new batch is copied into the first one's
+    memory. `after` are called too: a schedule's step(), an average's update. Shows the progress,
+    and ten losses, of which `mean` makes what all of several processes have.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        draw: Callable[[], tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]],
+        steps: int,
+        *after: Callable[[], object],
+        mean: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.X, self.y = draw()
+        self.draw, self.steps, self.after, self.mean = draw, steps, after, mean
+        off = True if sys.stdout is None else None  # one of many processes, or no terminal
+        self.bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=off)
+
+    def __call__(self, step: int, loss: torch.Tensor) -> None:
+        """Take the next batch, unless this step was the last."""
+        for each in self.after:
+            each()
+        self.bar.update()
+        if (step + 1) % max(1, self.steps // 10) == 0:  # ten times only: it waits for the device
+            shown_loss = (self.mean(loss) if self.mean else loss).item()
+            with self.bar.external_write_mode():
+                print(f"    step {step + 1:>5}    loss {shown_loss:.4f}")
+        if step + 1 == self.steps:
+            self.bar.close()
+            return
+        X, y = self.draw()
+        pairs = zip(self.X, X, strict=True) if isinstance(X, tuple) else ((self.X, X),)
+        for old, new in (*pairs, (self.y, y)):
+            old.copy_(new)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,14 @@ The article: "the explicit training loop ... used verbatim, just at a scale invo
 A100 GPUs coordinated via torch.distributed". Every process has a part of the samples and a copy of
 the network. DistributedDataParallel averages the gradients of all copies inside loss.backward(), so
 each makes the same update, and the loop does not know (S. Li et al., "PyTorch Distributed", 2020).
+The whole idea is `train_together`; what stands before it is how processes find each other.
+Each has a number, its rank, from 0 to the world's size less one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -23,7 +26,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +37,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
-from real_world import parser, quiet, run, shown
+from real_world import number, parser, quiet, run, shown
 from real_world.digits import Digits, load_digits, untrained
 
 criterion = nn.functional.cross_entropy
@@ -44,7 +47,7 @@ criterion = nn.functional.cross_entropy
 
 
 def refuse(sentence: str) -> NoReturn:
-    """End every process for what all of them see; raise ClaimError in the one that says it."""
+    """End this process for what all of them find: rank 0 says it, by ClaimError, the others end."""
     if os.environ.get("RANK", "0") != "0":
         sys.exit(1)
     raise lesson.ClaimError(sentence)
@@ -153,6 +156,32 @@ def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Gro
     return Group(rank, world, device)
 
 
+@contextlib.contextmanager
+def together(facts: dict, backend: str, device: torch.device, seconds: float) -> Iterator[Group]:
+    """Join the other processes for a block, at whose end all of them meet once more.
+
+    Raises ClaimError, one sentence, where they cannot be joined, or where one of them is lost.
+    """
+    group = join(facts, backend, device, seconds)
+    try:
+        yield group
+        dist.barrier()  # rank 0 may keep the store, and compares while the others are done
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        lost = f"rank {group.rank} lost another, which ended or was silent for {seconds:.0f} s"
+        raise lesson.ClaimError(f"{lost}; the first to fail says why") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def mean(values: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the mean over all ranks of `values`, of any shape."""
+    values = values.to(group.device, copy=True)
+    dist.all_reduce(values)
+    return values / group.world
+
+
 def gather(number: int, group: Group) -> list[int]:
     """Return the `number` of every rank."""
     numbers = [torch.zeros((), dtype=torch.int64, device=group.device) for _ in range(group.world)]
@@ -168,13 +197,14 @@ def share(samples: int, rank: int, world: int) -> slice:
     return slice(rank * samples // world, (rank + 1) * samples // world)
 
 
-def weighted(
-    samples: int, own: int, world: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def weighted(samples: int, own: int, world: int, criterion: Criterion = criterion) -> Criterion:
     """Return the criterion of a rank that has `own` of all `samples`.
 
-    DistributedDataParallel averages gradients as if all ranks had equally many samples. Each rank
-    multiplies its mean by own * world / samples, so that the average is the mean over all samples.
+    Gradients are averaged as if all ranks had equally many samples. So each multiplies its mean by
+    own * world / samples: of 718 and 719, by 0.9993 and 1.0007. The average is then that of all.
     """
     return lambda outputs, y: criterion(outputs, y) * (own * world / samples)
 
@@ -201,18 +231,17 @@ class Recorder:
     def save(self) -> None:
         """Add the losses since the last time to the checkpoint, and write it."""
         if self.recent:
-            losses = torch.stack(self.recent)
-            dist.all_reduce(losses)
-            self.checkpoint.losses += (losses / self.group.world).tolist()
+            self.checkpoint.losses += mean(torch.stack(self.recent), self.group).tolist()
             self.checkpoint.epoch += len(self.recent)
             self.recent.clear()
         if self.group.rank == 0:
             lesson.save_checkpoint(self.path, self.checkpoint)
 
 
-def checkpoint_path(output: Path, seed: int) -> Path:
-    """Return where a run keeps its checkpoint."""
-    return output / f"distributed-{seed}.pt"
+def checkpoint_path(output: Path, seed: int, samples: int | None) -> Path:
+    """Return where a run keeps its checkpoint: what it trains on is in the name."""
+    part = "" if samples is None else f"-of-{samples}"
+    return output / f"distributed-{seed}{part}.pt"
 
 
 def fingerprint(path: Path) -> str:
@@ -226,7 +255,11 @@ def start_or_resume(path: Path, seed: int, epochs: int, device: torch.device) ->
     Raises CheckpointError where `path` holds something else.
     """
     if path.exists():
-        found = lesson.load_checkpoint(path, device)
+        try:
+            found = lesson.load_checkpoint(path, device)
+        except lesson.CheckpointError as error:
+            reason = str(error).split(";")[0]
+            raise lesson.CheckpointError(f"{reason}; delete it to start from epoch 1") from None
         if 0 < found.epoch < epochs:
             return found
     model, _ = untrained(seed, device)
@@ -243,7 +276,7 @@ def train_together(
     own = share(samples, group.rank, group.world)
     X, y = digits.X[own].double(), digits.y[own]
     lesson.train(
-        DistributedDataParallel(checkpoint.model),
+        DistributedDataParallel(checkpoint.model),  # it wraps the model, whose weights are trained
         X,
         y,
         criterion=weighted(samples, len(y), group.world),
@@ -269,10 +302,9 @@ def compare_with_one(
 
 
 def data_parallel(
-    group: Group, digits: Digits, seed: int, epochs: int, every: int, output: Path
+    group: Group, digits: Digits, seed: int, epochs: int, every: int, path: Path
 ) -> None:
     """Train on all processes, from the last checkpoint if there is one, and compare with one."""
-    path = checkpoint_path(output, seed)
     checkpoint = start_or_resume(path, seed, epochs, group.device)
     sizes = [
         part.stop - part.start
@@ -303,19 +335,19 @@ def wide_network(seed: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def divide(model: nn.Sequential, group: Group) -> nn.Sequential:
-    """Divide the parameters of every layer over the processes, in place.
+def divide(model: nn.Module, layers: Iterable[nn.Module], group: Group) -> nn.Module:
+    """Divide the parameters of each of `layers`, then the model's others, over the processes.
 
-    A layer is put together when its turn comes, forward and backward, and taken apart again
-    (Y. Zhao et al., "PyTorch FSDP", 2023; fully_shard is its second version).
+    In place, by rows. A layer is put together when its turn comes, forward and backward, and taken
+    apart again; its gradients are averaged as those of DistributedDataParallel are (Y. Zhao et al.,
+    "PyTorch FSDP", 2023; fully_shard is its second version).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(group.device.type, (group.world,))
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -331,7 +363,7 @@ def fully_sharded(
     folder = output / "distributed-parts"
     model = wide_network(seed).to(group.device)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    divide(model, group)
+    divide(model, (layer for layer in model if isinstance(layer, nn.Linear)), group)
     held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
     parts = gather(held, group)
     lesson.show("bytes of the parameters", f"{whole:,}")
@@ -339,37 +371,40 @@ def fully_sharded(
     fair = max(parts) <= whole / group.world * 1.01
     lesson.check("of which the processes hold", by_rank, fair)
 
-    own = share(len(digits.y), group.rank, group.world)
-    X, y = digits.X[own], digits.y[own]
     examples = digits.unseen_X[:8]
+    state = {**model.state_dict(), "logits": torch.empty(len(examples), 10)}
+    state["parts"] = torch.tensor(group.world)
     if task == "save":
+        own = share(len(digits.y), group.rank, group.world)
+        X, y = digits.X[own], digits.y[own]
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
         loss = weighted(len(digits.y), len(y), group.world)
-        losses = torch.tensor(
-            lesson.train(model, X, y, criterion=loss, optimizer=optimizer, epochs=epochs),
-            device=group.device,
-        )
-        dist.all_reduce(losses)
-        losses /= group.world
+        losses = lesson.train(model, X, y, criterion=loss, optimizer=optimizer, epochs=epochs)
+        losses = mean(torch.tensor(losses), group)
         fell = f"{losses[0]:.4f} to {losses[-1]:.4f}"
-        lesson.check(f"loss, epoch 1 to {epochs}", fell, bool(losses[-1] < losses[0]))
+        falls = epochs == 1 or bool(losses[-1] < losses[0])
+        lesson.check(f"loss, epoch 1 to {epochs}", fell, falls)
         with torch.no_grad():
-            logits = model(examples)
-        if group.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            state["logits"] = model(examples)
+        if group.rank == 0 and folder.exists():
+            shutil.rmtree(folder)
         dist.barrier()
-        state = {**model.state_dict(), "logits": logits}
         writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
-        with quiet():
-            dcp.save(state, storage_writer=writer)
+        try:
+            with quiet():
+                dcp.save(state, storage_writer=writer)
+        except dcp.CheckpointException:  # of some rank, or all: its text is all their tracebacks
+            raise OSError(f"{shown(folder)} cannot be written") from None
         lesson.show("saved", f"{shown(folder)}, a file for each of {group.world}")
     else:
-        if not any(folder.glob("*.safetensors")):
-            refuse(f"{shown(folder)} holds no parts of a network; '--fsdp save' makes them")
-        state = {**model.state_dict(), "logits": torch.empty(len(examples), 10)}
-        count = len(list(folder.glob("*.safetensors")))
-        with quiet():
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
+        try:
+            with quiet():
+                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
+            there, count = len(list(folder.glob("*.safetensors"))), int(state["parts"])
+            if there != count:
+                raise ValueError(f"{there} of {count} parts are there")
+        except (dcp.CheckpointException, ValueError):
+            refuse(f"{shown(folder)} holds no network, or not all of it; '--fsdp save' makes one")
         model.load_state_dict({name: state[name] for name in model.state_dict()})
         with torch.no_grad():
             apart = (model(examples) - state["logits"].to(group.device)).abs().max().item()
@@ -412,13 +447,14 @@ def draw_plan(
         ring = [ring_all_reduce(size, count, bandwidth, latency) for count in workers]
         times.axhline(step * 1000, color=color, ls=":", label=f"{name}: computing")
         times.plot(
-            workers[1:], [s * 1000 for s in ring[1:]], color=color, label="adding up gradients"
+            workers[1:], [s * 1000 for s in ring[1:]], color=color, label=f"{name}: adding up"
         )
         efficiency.plot(workers, [100 * step / (step + s) for s in ring], color=color, label=name)
     times.set(title="A step, computed and communicated", ylabel="ms", yscale="log")
     efficiency.set(title="What is left of each worker", ylabel="% of its time computes", ylim=0)
     for axes in (times, efficiency):
         axes.set(xlabel="workers", xscale="log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(path)
@@ -441,16 +477,19 @@ def plan(device: torch.device, bandwidth: float, latency: float, output: Path) -
         for name, model in networks.items()
     }
     for name, (step, size) in steps.items():
-        lesson.show(name, f"{step * 1000:.2f} ms a step here, {size:,} bytes of gradients")
+        lesson.show(name, f"{step * 1000:.2f} ms a step, {size:,} bytes of gradients")
+    lesson.show("measured with", f"{len(digits.y):,} samples, on one thread of this {device}")
     link = f"{bandwidth * 8 / 1e9:g} Gb/s, {latency * 1e6:g} us a message"
     lesson.show("between neighbours in the ring", link)
-    print(f"\n  {'workers':>9}" + "".join(f"{name:>36}" for name in steps))
+    print("\n  Every worker computes as long as this one, on samples of its own; then they add up")
+    print("  their gradients. A faster worker would compute for less of its time.")
+    print(f"\n  {'workers':>9}" + "".join(f"{name:>32}" for name in steps))
     for workers in (1, 2, 8, 64, 512, 1000, 4096, 10_000):
         cells = []
         for step, size in steps.values():
             ring = ring_all_reduce(size, workers, bandwidth, latency)
-            cells.append(f"{ring * 1000:>13.3f} ms, {step / (step + ring):>5.0%} computing")
-        print(f"  {workers:>9,}" + "".join(f"{cell:>36}" for cell in cells))
+            cells.append(f"{ring * 1000:.2f} ms, computing {step / (step + ring):>4.0%}")
+        print(f"  {workers:>9,}" + "".join(f"{cell:>32}" for cell in cells))
 
     print("\n  Where copies end:")
     memory = 80e9 / 16  # float32 weights, gradients, and Adam's two averages
@@ -470,22 +509,24 @@ def plan(device: torch.device, bandwidth: float, latency: float, output: Path) -
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
-    about = "The lesson's train() on many processes."
-    made = parser("distributed", about, "--device", "--output")
+    about = "The lesson's train() on many processes: torchrun starts them, as in --standalone \
+        --nproc-per-node 2 -m real_world.distributed. Without torchrun there is one."
+    made = parser("distributed", about, "--device", "--seed", "--output")
     add = made.add_argument
     positive = functools.partial(lesson.whole_number, least=1)
     add("--epochs", metavar="N", type=positive, default=200, help="default: 200")
     add("--save-every", metavar="N", type=positive, default=20, help="epochs (default: 20)")
     add("--samples", metavar="N", type=positive, help="train on so many of the digits alone")
-    add("--seed", metavar="N", type=lesson.whole_number, default=0, help="default: 0")
     add("--backend", choices=("auto", "gloo", "nccl"), default="auto", help="default: auto")
     add(
         "--timeout", metavar="S", type=positive, default=60, help="to wait for others (default: 60)"
     )
     add("--fsdp", choices=("save", "load"), help="divide a network, and save or load its parts")
     add("--plan", action="store_true", help="work out 1 to 10,000 workers from one process")
-    add("--bandwidth", metavar="GBIT", type=positive, default=100, help="for --plan (default: 100)")
-    add("--latency", metavar="US", type=positive, default=5, help="for --plan (default: 5)")
+    link = functools.partial(number, least=0.001, most=1e6)
+    gigabits = "for --plan: gigabits a second between two (default: 100)"
+    add("--bandwidth", metavar="GBIT", type=link, default=100, help=gigabits)
+    add("--latency", metavar="US", type=link, default=5, help="microseconds a message (default: 5)")
     return made.parse_args(argv)
 
 
@@ -499,16 +540,17 @@ def work(chosen: argparse.Namespace) -> None:
         plan(chosen.device, chosen.bandwidth * 1e9 / 8, chosen.latency / 1e6, chosen.output)
         return
     torch.set_num_threads(1)  # the processes share the cores
+    path = checkpoint_path(chosen.output, chosen.seed, chosen.samples)
     facts = {"seed": chosen.seed, "epochs": chosen.epochs, "samples": chosen.samples}
-    facts["checkpoint"] = fingerprint(checkpoint_path(chosen.output, chosen.seed))
-    group = join(facts, chosen.backend, chosen.device, chosen.timeout)
-    try:
+    facts["checkpoint"] = fingerprint(path)
+    with together(facts, chosen.backend, chosen.device, chosen.timeout) as group:
         chosen.output.mkdir(parents=True, exist_ok=True)
         digits = load_digits(chosen.seed, group.device)
         digits = digits._replace(X=digits.X[: chosen.samples], y=digits.y[: chosen.samples])
         quote = "used verbatim ... coordinated via torch.distributed"
         processes = "1 process" if group.world == 1 else f"{group.world} processes"
-        lesson.heading(f"Distributed: train() on {processes}", quote)
+        what = "a network divided over" if chosen.fsdp else "train() on"
+        lesson.heading(f"Distributed: {what} {processes}", quote)
         if group.world > len(digits.y):
             few = f"{group.world} processes for {len(digits.y)} samples"
             refuse(f"{few}: each needs one at least, so start fewer")
@@ -517,17 +559,7 @@ def work(chosen: argparse.Namespace) -> None:
         if chosen.fsdp:
             fully_sharded(group, digits, chosen.seed, chosen.epochs, chosen.output, chosen.fsdp)
         else:
-            data_parallel(
-                group, digits, chosen.seed, chosen.epochs, chosen.save_every, chosen.output
-            )
-        dist.barrier()  # rank 0 may keep the store, and compares while the others are done
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        lost = f"rank {group.rank} lost another, which ended or was silent for {chosen.timeout} s"
-        raise lesson.ClaimError(f"{lost}; the first to fail says why") from None
-    finally:
-        dist.destroy_process_group()
+            data_parallel(group, digits, chosen.seed, chosen.epochs, chosen.save_every, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,7 +78,15 @@ def masked(text: str) -> str:
 
 @pytest.mark.parametrize(
     ("block", "line"),
-    enumerate(["real_world.deploy --cpp", "2 -m real_world.distributed", "--fsdp load"]),
+    enumerate(
+        [
+            "real_world.deploy --cpp",
+            "2 -m real_world.distributed",
+            "--fsdp load",
+            "real_world.training_control",
+            "real_world.digits",
+        ]
+    ),
 )
 def test_a_transcript_is_what_its_page_prints(console, block, line):
     shown = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[block]

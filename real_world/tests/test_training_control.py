@@ -96,7 +96,7 @@ def test_without_clipping_it_diverges_and_with_it_it_converges(digits, capsys):
     losses = control.compare_clipping(digits, 200)
     assert losses["not clipped"][-1] > 2 > 0.1 > losses["clipped to 1"][-1]
     assert max(losses["not clipped"]) > 10 * losses["not clipped"][0]
-    assert re.search(r"12\.8 before, 1\.0 after; \d+ clipped", capsys.readouterr().out)
+    assert re.search(r"12\.8 before, 1\.0 after; \d+ of 200 clipped", capsys.readouterr().out)
 
 
 def test_mixed_precision_really_computes_in_16_bits_and_stays_near_float32(digits):
@@ -155,6 +155,6 @@ def test_the_page_prints_what_it_changed_and_draws_it(tmp_path, capsys):
     assert control.changed(control.train_with_focal_loss) == ["loss = focal_loss(outputs, y)"]
     assert transcript.count(" ok\n") == 8
     drawn = matplotlib.image.imread(tmp_path / "training_control.png")
-    assert drawn.shape == (432, 1800, 4)
+    assert drawn.shape == (840, 1440, 4)
     with pytest.raises(SystemExit):
         control.main(["--epochs", "99"])
