@@ -107,7 +107,7 @@ class Batches:
     The lesson's epoch is one step on all of its data. Here it is a step on some of them: `draw`
     returns X, a tensor or a tuple of them, and y, and each new batch is copied into the first one's
     memory. `after` are called too: a schedule's step(), an average's update. Shows the progress,
-    and ten losses, of which `mean` makes what all of several processes have.
+    and ten losses, of which `mean` makes what all of several processes have; without a title none.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class Batches:
     ) -> None:
         self.X, self.y = draw()
         self.draw, self.steps, self.after, self.mean = draw, steps, after, mean
-        off = True if sys.stdout is None else None  # one of many processes, or no terminal
+        off = True if sys.stdout is None or not title else None  # None: if there is no terminal
+        self.title = title
         self.bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=off)
 
     def __call__(self, step: int, loss: torch.Tensor) -> None:
@@ -128,7 +129,9 @@ class Batches:
         for each in self.after:
             each()
         self.bar.update()
-        if (step + 1) % max(1, self.steps // 10) == 0:  # ten times only: it waits for the device
+        if (
+            self.title and (step + 1) % max(1, self.steps // 10) == 0
+        ):  # ten times only: it waits for the device
             shown_loss = (self.mean(loss) if self.mean else loss).item()
             with self.bar.external_write_mode():
                 print(f"    step {step + 1:>5}    loss {shown_loss:.4f}")

@@ -1,0 +1,452 @@
+"""A Llama that is everybody's Llama, and what it takes to trust its weights, words and numbers."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib.image
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import lesson_code as lesson
+from real_world import llama
+from real_world.tests.processes import ROOT, Run, torchrun
+
+PAGE = ["-m", "real_world.llama"]
+SMALL = llama.LlamaConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def small(seed: int = 0, **changes: object) -> llama.Llama:
+    torch.manual_seed(seed)
+    return llama.Llama(msgspec.structs.replace(SMALL, **changes))
+
+
+# The same network
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_configuration_answers_and_learns_as_transformers_does(seed):
+    draw = torch.Generator().manual_seed(seed)
+
+    def choose(*values: object) -> object:
+        return values[torch.randint(len(values), (), generator=draw)]
+
+    heads, head_size = choose(2, 4, 6), choose(4, 8)
+    model = small(
+        seed,
+        hidden_size=heads * choose(4, 6),
+        num_attention_heads=heads,
+        num_key_value_heads=choose(1, 2, heads),
+        head_dim=head_size,
+        num_hidden_layers=choose(1, 2, 3),
+        tie_word_embeddings=choose(True, False),
+        rope_theta=choose(10_000.0, 500_000.0),
+        rope_scaling=choose(None, llama.RopeScaling(8.0, 1.0, 4.0, 16)),
+        rms_norm_eps=choose(1e-5, 1e-3),
+    )
+    with torch.no_grad():
+        for weights in model.parameters():  # norms too, and more than 0.02
+            weights += torch.randn(weights.shape, generator=draw) * 0.1
+    twin = llama.hugging_face_twin(model)
+    tokens = torch.randint(50, (choose(1, 3), choose(2, 20, 70)), generator=draw)
+    logits, gradients = llama.differences(model, twin, tokens)
+    assert max(logits, gradients) <= 1e-5
+    prompt = tokens[:, :2]
+    theirs = twin.generate(prompt, max_new_tokens=20, do_sample=False)[:, 2:]
+    for cached in (True, False):
+        ours = torch.stack(list(llama.generate(model, prompt, 20, cached=cached)), dim=1)
+        assert torch.equal(ours, theirs)
+
+
+def test_the_comparison_sees_a_network_that_is_not_the_same():
+    model = small()
+    twin = llama.hugging_face_twin(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] += 0.01
+    tokens = torch.arange(40).reshape(2, 20)
+    assert min(llama.differences(model, twin, tokens)) > 1e-5
+
+
+def test_the_embedding_is_rotated_relative_to_the_other_token():
+    """What a query and a key say to each other depends on how far apart they stand alone."""
+    query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def product(first: int, second: int) -> torch.Tensor:
+        turned = (
+            llama.rotate(x, llama.rotation(SMALL, at, 1, like=x))
+            for x, at in ((query, first), (key, second))
+        )
+        return (next(turned) * next(turned)).sum()
+
+    torch.testing.assert_close(product(3, 5), product(103, 105), atol=1e-5, rtol=0)
+    assert abs(product(3, 5) - product(3, 9)) > 1e-3
+
+
+def test_no_token_sees_those_after_it():
+    model = small()
+    tokens = torch.randint(50, (1, 30))
+    changed = tokens.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 50
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+# Weights from a folder
+
+
+def test_weights_move_both_ways_without_renaming(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    tokens = torch.randint(50, (2, 20))
+    for number, tied in enumerate((True, False)):
+        model = small(tie_word_embeddings=tied, rope_scaling=llama.LLAMA_3_1_SCALING)
+        ours, theirs = tmp_path / f"ours{number}", tmp_path / f"theirs{number}"
+        model.save_pretrained(ours)
+        twin = LlamaForCausalLM.from_pretrained(ours)
+        twin.save_pretrained(theirs)
+        again = llama.Llama.from_pretrained(theirs)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), twin(tokens).logits, atol=1e-6, rtol=0)
+            assert torch.equal(model(tokens), again(tokens))
+        assert msgspec.structs.replace(again.config, head_dim=None) == model.config
+        tie = again.lm_head.weight is again.model.embed_tokens.weight
+        assert tie == tied
+        assert not list(tmp_path.glob("*/.*")), "nothing is left over"
+
+
+def test_several_files_and_another_dtype(tmp_path):
+    model = llama.hugging_face_twin(small())
+    model.bfloat16().save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    stored = llama.Llama.from_pretrained(tmp_path)
+    assert {weights.dtype for weights in stored.parameters()} == {torch.bfloat16}
+    whole = llama.Llama.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, weights in model.state_dict().items():
+        assert torch.equal(stored.state_dict()[name], weights)
+        assert torch.equal(whole.state_dict()[name], weights.float())
+
+
+def test_a_config_json_as_meta_published_it_is_read(tmp_path):
+    """The rotary embedding stands elsewhere than where transformers 5 writes it."""
+    content = msgspec.to_builtins(llama.HERD["Llama 3.1 8B"])
+    content |= {"model_type": "llama", "torch_dtype": "bfloat16", "mlp_bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert llama.read_config(tmp_path / "config.json") == llama.HERD["Llama 3.1 8B"]
+
+
+def altered(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
+
+
+def with_weights(change):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return damage
+
+
+def as_pickle(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_index(content: object):
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return damage
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (with_weights(lambda w: w.pop(NORM)), f"lacks 1 tensors of its config.json: {NORM}, ..."),
+        (
+            with_weights(lambda w: w.update({NORM: torch.ones(31)})),
+            f"holds {NORM} as (31,), which is (32,) by config.json",
+        ),
+        (
+            with_weights(lambda w: w.update(more=torch.ones(1))),
+            "holds more, which a Llama of this config.json does not have",
+        ),
+        (as_pickle, "pytorch_model.bin is a pickle, which may run code; only safetensors is read"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "is torn, or no safetensors file"),
+        (lambda f: os.truncate(f / "model.safetensors", 3), "is torn, or no safetensors file"),
+        (lambda f: (f / "config.json").unlink(), "config.json does not exist; a Llama's folder"),
+        (lambda f: (f / "config.json").write_text("{"), "is no configuration of a Llama: "),
+        (lambda f: altered(f, model_type="mistral"), "describes a mistral, not a llama"),
+        (lambda f: altered(f, hidden_size="32"), "Expected `int`, got `str` - at `$.hidden_size`"),
+        (lambda f: altered(f, hidden_size=-1), "Expected `int` >= 1 - at `$.hidden_size`"),
+        (lambda f: altered(f, hidden_size="gone"), "missing required field `hidden_size`"),
+        (lambda f: altered(f, hidden_act="gelu"), "has hidden_act gelu; Llama 3 has silu"),
+        (lambda f: altered(f, attention_bias=True), "has attention_bias True; Llama 3 has False"),
+        (lambda f: altered(f, num_key_value_heads=3), "which does not come out"),
+        (
+            lambda f: altered(f, rope_scaling={"rope_type": "yarn", "factor": 2}),
+            "has a rotary embedding of type yarn; Llama 3 has default or llama3",
+        ),
+        (
+            lambda f: altered(f, rope_scaling={"rope_type": "llama3", "factor": 8}),
+            "missing required field `low_freq_factor`",
+        ),
+        (with_index({"weight_map": {NORM: "../x.safetensors"}}), "which is no file beside it"),
+        (with_index({"weight_map": {NORM: "x.safetensors"}}), "names x.safetensors, which is no"),
+        (with_index({"weight": 1}), "is no index of safetensors files"),
+        (with_index([1]), "is no index of safetensors files"),
+    ],
+)
+def test_a_folder_that_is_not_whole_or_not_a_llama_gets_a_sentence(damage, sentence, tmp_path):
+    small().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(lesson.CheckpointError, match=re.escape(sentence)) as refused:
+        llama.Llama.from_pretrained(tmp_path)
+    assert str(refused.value).startswith(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_loading_holds_one_copy_of_the_weights(tmp_path):
+    """The most that a process ever held, above what it holds before, against the file's size."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 4096}
+    model = llama.Llama(msgspec.structs.replace(SMALL, **sizes, num_hidden_layers=4))
+    model.bfloat16().save_pretrained(tmp_path)
+    script = textwrap.dedent(
+        r"""
+        import re, sys, torch
+        import safetensors.torch
+        from real_world import llama
+        def most():
+            with open("/proc/self/status") as status:
+                return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
+        before = most()
+        model = llama.Llama.from_pretrained(sys.argv[1])
+        with torch.no_grad():
+            model(torch.arange(8).reshape(1, 8))
+        print(most() - before)
+        """
+    )
+    command = [sys.executable, "-c", script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 130e6
+    assert 0.9 * size < int(done.stdout) < 1.5 * size
+
+
+# Generation
+
+
+def test_drawing_narrows_as_transformers_does():
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(6, 50) * 3
+    for temperature, top_k, top_p in (
+        (0.5, None, 1.0),
+        (1.3, 7, 1.0),
+        (1.0, None, 0.6),
+        (2, 9, 0.8),
+    ):
+        theirs = TemperatureLogitsWarper(float(temperature))(None, logits)
+        if top_k:
+            theirs = TopKLogitsWarper(top_k)(None, theirs)
+        if top_p < 1:
+            theirs = TopPLogitsWarper(top_p)(None, theirs)
+        torch.testing.assert_close(llama.narrowed(logits, temperature, top_k, top_p), theirs)
+
+
+def test_a_seed_draws_the_same_and_another_seed_something_else():
+    model, prompt = small(), torch.tensor([[1, 2, 3]])
+
+    def drawn(**how: object) -> list[int]:
+        return [token.item() for token in llama.generate(model, prompt, 30, **how)]
+
+    assert drawn(temperature=1.0, seed=1) == drawn(temperature=1.0, seed=1)
+    assert drawn(temperature=1.0, seed=1) != drawn(temperature=1.0, seed=2)
+    likeliest = drawn()
+    assert drawn(temperature=1.0, top_k=1) == drawn(temperature=1.0, top_p=0.0) == likeliest
+    assert drawn(temperature=1.0, top_k=1000, seed=1) == drawn(temperature=1.0, seed=1)
+
+
+def test_the_cache_computes_every_token_once():
+    model, seen = small(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, x, y: seen.append(x[0].shape[1]))
+    list(llama.generate(model, torch.tensor([[1, 2, 3]]), 5))
+    assert seen == [3, 1, 1, 1, 1]
+    seen.clear()
+    list(llama.generate(model, torch.tensor([[1, 2, 3]]), 5, cached=False))
+    assert seen == [3, 4, 5, 6, 7]
+
+
+# The text, and training
+
+
+def test_entropies_of_texts_that_can_be_worked_out():
+    coin = torch.tensor([0, 1] * 500, dtype=torch.uint8)
+    alone, after_one = llama.entropies(coin)
+    assert alone == pytest.approx(math.log(2))
+    assert after_one == pytest.approx(0, abs=1e-5)
+    torch.manual_seed(0)
+    dice = torch.randint(6, (200_000,), dtype=torch.uint8)
+    assert llama.entropies(dice) == (pytest.approx(math.log(6), abs=1e-3),) * 2
+
+
+def test_windows_pair_every_byte_with_the_next():
+    text = torch.arange(100, dtype=torch.uint8)
+    draw = llama.windows(text, batch=16, length=20, seed=1)
+    starts = set()
+    for _ in range(30):
+        X, y = draw()
+        assert X.shape == y.shape == (16, 20)
+        assert torch.equal(X + 1, y)
+        starts |= set(X[:, 0].tolist())
+    assert min(starts) == 0
+    assert max(starts) == 79
+
+
+def test_a_short_training_learns_more_than_a_byte_alone_tells(tmp_path, capsys):
+    """Through main: it trains, says so, keeps the network, and goes on with it the next time."""
+    options = ["--device", "cpu", "--steps", "150", "--output", str(tmp_path)]
+    assert llama.main(options) == 0
+    printed = capsys.readouterr().out
+    alone, _ = llama.entropies(llama.library_text())
+    assert float(re.search(r"held out +(\S+) nats", printed)[1]) < alone - 0.5
+    assert len(re.findall(r"^    step +\d+    loss \S+$", printed, re.MULTILINE)) == 10
+    assert printed.count(" ok\n") == 9
+    assert max(map(len, printed.splitlines())) <= 300
+    assert matplotlib.image.imread(tmp_path / "llama.png").shape == (480, 1440, 4)
+
+    on = ["--device", "cpu", "--output", str(tmp_path), "--no-train", "--prompt", "The é"]
+    said = []
+    for seed in ("1", "1", "2"):
+        assert llama.main([*on, "--tokens", "40", "--seed", seed]) == 0
+        said.append(capsys.readouterr().out.split("another\n")[1])
+    assert all(each.startswith("The é") for each in said)
+    assert said[0] == said[1] != said[2]
+    assert not list(tmp_path.glob("**/.*"))
+
+
+def test_train_is_the_lessons_and_gets_everything_by_its_arguments(monkeypatch):
+    calls = []
+    original = lesson.train
+    monkeypatch.setattr(lesson, "train", lambda *a, **k: calls.append((a, k)) or original(*a, **k))
+    model = small(vocab_size=256)
+    losses = llama.train_llama(model, llama.library_text(), 20, seed=0, first=3)
+    ((arguments, named),) = calls
+    assert arguments[0] is model
+    assert named["epochs"] == len(losses) == 3
+
+
+def test_divided_over_two_it_has_the_same_losses(tmp_path):
+    with Run(sys.executable, *PAGE, "--steps", 40, "--output", tmp_path / "one") as running:
+        status, said = running.end()
+    assert status == 0, said
+    alone = re.findall(r"step +\d+    loss (\S+)", said)
+    status, said = torchrun(2, "--steps", 40, "--output", tmp_path / "two", program=PAGE)
+    assert status == 0, said
+    assert re.search(r"first 20 losses, one process +differ by \S+ +ok", said)
+    losses = re.findall(r"step +\d+    loss (\S+)", said)
+    assert len(losses) == 10
+    for theirs, ours in zip(losses, alone, strict=True):
+        assert float(theirs) == pytest.approx(float(ours), abs=2e-3)
+    whole = llama.Llama.from_pretrained(tmp_path / "two" / "llama")
+    assert sum(w.numel() for w in whole.parameters()) == llama.parameter_count(llama.MINIATURE)
+
+
+# What it costs
+
+
+def test_costs_follow_from_the_configuration():
+    official = {"Llama 3.1 8B": 8_030_261_248, "Llama 3.1 70B": 70_553_706_496}
+    official["Llama 3.1 405B"] = 405_853_388_800
+    for name, config in llama.HERD.items():
+        with torch.device("meta"):
+            model = llama.Llama(config)
+        count = sum(weights.numel() for weights in model.parameters())
+        assert llama.parameter_count(config) == count == official[name]
+    for tied in (True, False):
+        model = small(tie_word_embeddings=tied)
+        count = sum(weights.numel() for weights in model.parameters())
+        assert llama.parameter_count(model.config) == count
+        tokens = torch.zeros(1, 30, dtype=torch.int64)
+        plainly = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, plainly:
+            model(tokens)
+        assert counter.get_total_flops() == 30 * llama.flops_a_token(model.config, 30)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--prompt=", "argument --prompt: is empty; a prompt has one character at least"),
+        ("--temperature=-1", "argument --temperature: '-1' is not a number from 0 to 100"),
+        ("--temperature=nan", "argument --temperature: 'nan' is not a number from 0 to 100"),
+        ("--top-p=1.5", "argument --top-p: '1.5' is not a number from 0 to 1"),
+        ("--top-k=0", "argument --top-k: '0' is not a whole number from 1 to 4294967295"),
+        ("--steps=19", "argument --steps: '19' is not a whole number from 20 to 4294967295"),
+        ("--weights=x", "argument --weights: needs --prompt, the text to go on from"),
+    ],
+)
+def test_a_wrong_option_gets_a_sentence(options, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        llama.main([options])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"llama: {sentence}\n"
+
+
+def test_what_is_not_there_gets_a_sentence(tmp_path, capsys):
+    assert llama.main(["--no-train", "--prompt", "a", "--output", str(tmp_path)]) == 1
+    lacks = f"{tmp_path}/llama holds no network; without --no-train one is trained there"
+    assert capsys.readouterr().err == f"llama: {lacks}\n"
+    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    assert "config.json does not exist" in capsys.readouterr().err
+    small().save_pretrained(tmp_path)
+    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    lacks = f"{tmp_path} has no tokenizer.json, and its tokens are not bytes"
+    assert capsys.readouterr().err == f"llama: {lacks}\n"
+
+
+def test_a_folder_with_a_tokenizer_goes_on_in_its_words_until_it_ends(tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{number}": number for number in range(50)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = small()
+    prompt = torch.tensor([[4, 7]])
+    tokens = [token.item() for token in llama.generate(model, prompt, 12)]
+    end = tokens.index(tokens[5])
+    ending = msgspec.structs.replace(model.config, eos_token_id=(tokens[5],))
+    model.model.config = ending
+    model.save_pretrained(tmp_path)
+    options = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
+    assert llama.main([*options, "--tokens", "12"]) == 0
+    assert capsys.readouterr().out.split() == ["w4", "w7", *(f"w{n}" for n in tokens[:end])]
