@@ -223,6 +223,7 @@ def scaling_worker(network: str, samples: int, steps: int) -> None:
     print(json.dumps(statistics.median(times[1:])), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+    distributed.leave(0)
 
 
 SCALES = {  # network, samples, steps, processes

@@ -21,7 +21,9 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -83,7 +85,6 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
         return dist.HashStore(), 0, 1
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = datetime.timedelta(seconds=seconds)
     try:
@@ -97,7 +98,39 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
         else:
             reason = f"rank 0 did not answer at {host} port {port} within {seconds:.0f} s"
         raise lesson.ClaimError(reason) from None
-    return dist.PrefixStore(f"attempt-{attempt}", store), rank, world
+    return own_part(store, rank, world, seconds), rank, world
+
+
+def own_part(store: dist.Store, rank: int, world: int, seconds: float) -> dist.Store:
+    """Return the part of `store` that belongs to this start of the processes alone.
+
+    The agents share one store over all restarts, and each counts restarts by itself, so nothing in
+    the environment names a start for all ranks: rank 0 draws a name, and the others answer to it.
+    """
+    if rank == 0:
+        name = secrets.token_hex(4)
+        own = dist.PrefixStore(name, store)
+        own.set("here/0", "")
+        store.set("start", name)
+        wait_for(own, "here", world, seconds)
+        store.delete_key("start")  # first: who reads the name of an old start is not told to go
+        own.set("go", "")
+        return own
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(dist.DistStoreError), quiet():
+            store.wait(["start"], datetime.timedelta(seconds=1))
+            own = dist.PrefixStore(store.get("start").decode(), store)
+            own.set(f"here/{rank}", "")
+            own.wait(["go"], datetime.timedelta(seconds=1))
+            return own
+    raise lesson.ClaimError(late(0, world, seconds))
+
+
+def late(rank: int, world: int, seconds: float) -> str:
+    """Return what to say of a rank that does not come."""
+    what = f"rank {rank} of {world} did not come within {seconds:.0f} s"
+    return f"{what}; see what it says where it runs"
 
 
 def wait_for(store: dist.Store, what: str, world: int, seconds: float) -> None:
@@ -109,8 +142,7 @@ def wait_for(store: dist.Store, what: str, world: int, seconds: float) -> None:
             with quiet():
                 store.wait([f"{what}/{rank}"], datetime.timedelta(seconds=left))
         except dist.DistStoreError:
-            late = f"rank {rank} of {world} did not come within {seconds:.0f} s"
-            raise lesson.ClaimError(f"{late}; see what it says where it runs") from None
+            raise lesson.ClaimError(late(rank, world, seconds)) from None
 
 
 def call_roll(store: dist.Store, rank: int, world: int, facts: dict, seconds: float) -> None:
@@ -142,6 +174,13 @@ def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Gro
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         refuse("nccl joins CUDA devices, and there is none here; --backend gloo joins CPUs")
+    if device.type == "cuda":
+        if device.index >= (count := torch.cuda.device_count()):
+            many = (
+                f"process {device.index} of this machine has no GPU of its own: there are {count}"
+            )
+            raise lesson.ClaimError(f"{many}; start as many, or --device cpu")
+        torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     store, rank, world = meet(seconds)
@@ -150,9 +189,10 @@ def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Gro
     facts = {"torch": torch.__version__, "backend": backend, **facts}
     call_roll(store, rank, world, facts, seconds)
     timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    bound = device if backend == "nccl" else None
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound
+    )
     return Group(rank, world, device)
 
 
@@ -165,7 +205,7 @@ def together(facts: dict, backend: str, device: torch.device, seconds: float) ->
     group = join(facts, backend, device, seconds)
     try:
         yield group
-        dist.barrier()  # rank 0 may keep the store, and compares while the others are done
+        dist.barrier()  # rank 0 may keep the store, which the others need to the end
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -173,6 +213,18 @@ def together(facts: dict, backend: str, device: torch.device, seconds: float) ->
         raise lesson.ClaimError(f"{lost}; the first to fail says why") from None
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once.
+
+    gloo's threads may call into a Python that is on its way out, which now and then aborts it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.flush()
+    os._exit(status)
 
 
 def mean(values: torch.Tensor, group: Group) -> torch.Tensor:
@@ -250,22 +302,29 @@ def fingerprint(path: Path) -> str:
 
 
 def start_or_resume(path: Path, seed: int, epochs: int, device: torch.device) -> lesson.Checkpoint:
-    """Return what `path` holds of an unfinished run, or an untrained network, in float64.
+    """Return what `path` holds of this run, or an untrained network, in float64.
 
-    Raises CheckpointError where `path` holds something else.
+    Raises CheckpointError where `path` holds something else, or more epochs than are asked for.
     """
-    if path.exists():
-        try:
-            found = lesson.load_checkpoint(path, device)
-        except lesson.CheckpointError as error:
-            reason = str(error).split(";")[0]
-            raise lesson.CheckpointError(f"{reason}; delete it to start from epoch 1") from None
-        if 0 < found.epoch < epochs:
-            return found
     model, _ = untrained(seed, device)
     # In float32 the order of a sum is visible in its last digit, and Adam makes much of that.
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
-    return lesson.Checkpoint(model, optimizer, 0, [])
+    fresh = lesson.Checkpoint(model, optimizer, 0, [])
+    if not path.exists():
+        return fresh
+    try:
+        found = lesson.load_checkpoint(path, device)
+    except lesson.CheckpointError as error:
+        reason = str(error).split(";")[0]
+        raise lesson.CheckpointError(f"{reason}; delete it to start from epoch 1") from None
+    dtypes = {weights.dtype for weights in found.model.parameters()}
+    if (found.sizes, dtypes) != (fresh.sizes, {torch.float64}):
+        other = f"{path} holds another network than this page trains"
+        raise lesson.CheckpointError(f"{other}; move it away, or name another --output")
+    if found.epoch > epochs:
+        more = f"{path} is at epoch {found.epoch}, beyond {epochs}"
+        raise lesson.CheckpointError(f"{more}; ask for more --epochs, or delete it to start anew")
+    return found
 
 
 def train_together(
@@ -290,7 +349,7 @@ def train_together(
 def compare_with_one(
     checkpoint: lesson.Checkpoint, digits: Digits, seed: int, epochs: int, group: Group
 ) -> None:
-    """Train once more, on this process alone, and hold losses and weights against those of all."""
+    """Train once more, on each process alone, and hold losses and weights against those of all."""
     model, _ = untrained(seed, group.device)
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
     losses = lesson.train(model, digits.X.double(), digits.y, optimizer=optimizer, epochs=epochs)
@@ -320,9 +379,8 @@ def data_parallel(
     train_together(checkpoint, digits, epochs, recorder, group)
     fell = f"{checkpoint.losses[0]:.4f} to {checkpoint.losses[-1]:.4f}"
     lesson.show(f"loss, epoch 1 to {epochs}", fell)
-    if group.rank == 0:
-        compare_with_one(checkpoint, digits, seed, epochs, group)
-        lesson.show("saved", shown(path))
+    compare_with_one(checkpoint, digits, seed, epochs, group)
+    lesson.show("saved", shown(path))
 
 
 # %% Fully sharded: a network that no process has whole
@@ -365,14 +423,16 @@ def fully_sharded(
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     divide(model, (layer for layer in model if isinstance(layer, nn.Linear)), group)
     held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    rows = [(math.ceil(len(p) / group.world), p[0].numel() * 4) for p in model.parameters()]
     parts = gather(held, group)
     lesson.show("bytes of the parameters", f"{whole:,}")
     by_rank = ", ".join(f"{part:,}" for part in parts)
-    fair = max(parts) <= whole / group.world * 1.01
+    fair = (max(parts), sum(parts)) == (sum(many * size for many, size in rows), whole)
     lesson.check("of which the processes hold", by_rank, fair)
 
     examples = digits.unseen_X[:8]
-    state = {**model.state_dict(), "logits": torch.empty(len(examples), 10)}
+    logits = torch.empty(len(examples), 10)
+    state = {**model.state_dict(), "examples": examples.cpu(), "logits": logits}
     state["parts"] = torch.tensor(group.world)
     if task == "save":
         own = share(len(digits.y), group.rank, group.world)
@@ -385,7 +445,7 @@ def fully_sharded(
         falls = epochs == 1 or bool(losses[-1] < losses[0])
         lesson.check(f"loss, epoch 1 to {epochs}", fell, falls)
         with torch.no_grad():
-            state["logits"] = model(examples)
+            state["logits"] = model(examples).cpu()
         if group.rank == 0 and folder.exists():
             shutil.rmtree(folder)
         dist.barrier()
@@ -393,21 +453,21 @@ def fully_sharded(
         try:
             with quiet():
                 dcp.save(state, storage_writer=writer)
-        except dcp.CheckpointException:  # of some rank, or all: its text is all their tracebacks
+        except (Exception, dcp.CheckpointException):  # of any rank, of any kind
             raise OSError(f"{shown(folder)} cannot be written") from None
         lesson.show("saved", f"{shown(folder)}, a file for each of {group.world}")
     else:
         try:
-            with quiet():
+            with quiet():  # into the tensors of the model, in place
                 dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
             there, count = len(list(folder.glob("*.safetensors"))), int(state["parts"])
             if there != count:
                 raise ValueError(f"{there} of {count} parts are there")
-        except (dcp.CheckpointException, ValueError):
+        except (Exception, dcp.CheckpointException):  # what is torn or foreign can provoke any
             refuse(f"{shown(folder)} holds no network, or not all of it; '--fsdp save' makes one")
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
         with torch.no_grad():
-            apart = (model(examples) - state["logits"].to(group.device)).abs().max().item()
+            logits = model(state["examples"].to(group.device)).cpu()
+        apart = (logits - state["logits"]).abs().max().item()
         claim = f"saved by {count}, loaded by {group.world}: logits"
         lesson.check(claim, f"differ by {apart:.1e}", apart <= 1e-5)
 
@@ -527,12 +587,17 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     gigabits = "for --plan: gigabits a second between two (default: 100)"
     add("--bandwidth", metavar="GBIT", type=link, default=100, help=gigabits)
     add("--latency", metavar="US", type=link, default=5, help="microseconds a message (default: 5)")
-    return made.parse_args(argv)
+    chosen = made.parse_args(argv)
+    if chosen.device.type == "mps":
+        made.error("argument --device: mps has no float64, in which the page compares; use cpu")
+    return chosen
 
 
 def work(chosen: argparse.Namespace) -> None:
     """Do what was chosen, together with the other processes."""
     if chosen.plan:
+        if os.environ.get("RANK", "0") != "0":
+            return
         lesson.heading(
             "Distributed, on paper", "thousands of A100 GPUs coordinated via torch.distributed"
         )
@@ -542,6 +607,7 @@ def work(chosen: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the processes share the cores
     path = checkpoint_path(chosen.output, chosen.seed, chosen.samples)
     facts = {"seed": chosen.seed, "epochs": chosen.epochs, "samples": chosen.samples}
+    facts |= {"save-every": chosen.save_every, "fsdp": chosen.fsdp}
     facts["checkpoint"] = fingerprint(path)
     with together(facts, chosen.backend, chosen.device, chosen.timeout) as group:
         chosen.output.mkdir(parents=True, exist_ok=True)
@@ -569,4 +635,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

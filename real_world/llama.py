@@ -975,4 +975,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    (distributed.leave if "RANK" in os.environ else sys.exit)(status)

@@ -34,8 +34,8 @@ def focal_loss(logits: torch.Tensor, y: torch.Tensor, gamma: float = 2.0) -> tor
     """Return the mean of (1 - p) ** gamma times the cross-entropy, p the probability of the truth.
 
     logits: (samples, classes), y: (samples,) int64. It makes little of samples that are already
-    right; at gamma 0 it is the cross-entropy (T.-Y. Lin et al., "Focal Loss for Dense Object
-    Detection", 2017, equation 4).
+    right. At gamma 0 it is the cross-entropy; between 0 and 1 its slope at p = 1 has no bound
+    (T.-Y. Lin et al., "Focal Loss for Dense Object Detection", 2017, equation 4).
     """
     log_p = logits.log_softmax(dim=1).gather(1, y.unsqueeze(1)).squeeze(1)
     return -((1 - log_p.exp()) ** gamma * log_p).mean()
@@ -279,9 +279,14 @@ def compare_clipping(digits: Digits, epochs: int) -> Losses:
         measured = f"loss up to {max(losses[name]):.1f}, at last {losses[name][-1]:.3f}"
         lesson.check(f"{name}: {right}", measured, fits(losses[name][-1]))
     before = torch.stack(norms).tolist()
-    measured = f"{max(before):.1f} before, {min(max(before), 1):.1f} after"
     clipped = f"{sum(norm > 1 for norm in before)} of {epochs} clipped"
-    lesson.show("largest norm of a gradient", f"{measured}; {clipped}")
+    lesson.show("norm of the gradients", f"up to {max(before):.1f}; {clipped}")
+    model, _ = untrained(0, digits.X.device)
+    criterion(model(digits.X * 16), digits.y).backward()
+    gradients = [weights.grad for weights in model.parameters()]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    after = nn.utils.get_total_norm(gradients).item()
+    lesson.check("norm at the first step", f"{before[0]:.3f} before, {after:.3f} after", after <= 1)
     print("  2.30 is ln 10, a guess: the first long steps left no unit that still answers.")
     return losses
 
@@ -396,7 +401,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument(
         "--epochs", metavar="N", type=epochs, default=200, help="100 to 10000 (default: 200)"
     )
-    return made.parse_args(argv)
+    chosen = made.parse_args(argv)
+    if chosen.device.type == "mps":
+        made.error("argument --device: mps has no float64, in which the page compares; use cpu")
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import lesson_code as lesson
 from real_world import digits
@@ -44,9 +45,40 @@ def test_96_of_100_held_out_digits_are_read_right(tmp_path, capsys):
     right = counts.diagonal().sum().item() / 360
     assert right >= 0.96
     assert f"{right:.1%}, chance is 10 %" in transcript
+
+    model, optimizer = digits.untrained(0, "cpu")
+    data = digits.load_digits()
+    lesson.train(model, data.X, data.y, optimizer=optimizer, epochs=200)
+    expected = torch.zeros(10, 10, dtype=torch.int64)
+    for truth, read in zip(data.unseen_y, model(data.unseen_X).argmax(dim=1), strict=True):
+        expected[truth, read] += 1
+    assert counts.equal(expected)
     drawn = matplotlib.image.imread(tmp_path / "new" / "digits.png")
     assert drawn.shape == (480, 1440, 4)
     assert 0.02 < (drawn[..., :3].min(axis=2) < 0.9).mean() < 0.5, "something is drawn"
+
+
+def test_the_picture_shows_what_was_misread_and_what_it_is(data, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    predicted = data.unseen_y.clone()
+    predicted[[5, 7]] = (predicted[[5, 7]] + 1) % 10
+    digits.draw(tmp_path / "x.png", data, predicted, [2.0, 1.0])
+    _, grid, *misread = figures[0].axes
+    is_and_read = [f"{data.unseen_y[index]}, {predicted[index]}" for index in (5, 7)]
+    assert [axes.get_title() for axes in misread if axes.get_title()] == is_and_read
+    assert misread[0].images[0].get_array().tolist() == data.unseen_X[5].reshape(8, 8).tolist()
+    at = {text.get_position(): text.get_text() for text in grid.texts}
+    for index in (5, 7):
+        truth, read = data.unseen_y[index].item(), predicted[index].item()
+        assert at[read, truth] == "1", "across is what was read"
+    assert (grid.get_xlabel(), grid.get_ylabel()) == ("read as", "is")
+
+
+def test_another_seed_is_another_network():
+    first, again, other = (digits.untrained(seed, "cpu")[0].hidden.weight for seed in (0, 0, 1))
+    assert first.equal(again)
+    assert not first.equal(other)
 
 
 def test_a_network_that_has_learnt_nothing_is_an_error(capsys, monkeypatch):

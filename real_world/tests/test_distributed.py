@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib.image
@@ -33,6 +33,14 @@ def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
     return False
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Look again and again, for LIMIT seconds at the most."""
+    end = time.monotonic() + started.LIMIT
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -91,7 +99,7 @@ def test_to_average_unequal_parts_equally_is_wrong(tmp_path):
         del os.environ["PYTHONPATH"]
     assert status != 0
     assert re.search(r"every loss, against one process +differs by 0\.\d+|NOT SO", said)
-    status, said = torchrun(2, *options)
+    status, said = torchrun(2, *options, "--output", tmp_path / "weighted")
     assert status == 0, said
 
 
@@ -125,7 +133,7 @@ def test_workers_killed_at_random_epochs_are_restarted_and_end_as_if_nothing_had
     """The page itself compares the end with one process that was never interrupted."""
     path = tmp_path / "distributed-0.pt"
     together = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 3]
-    options = ["--output", tmp_path, "--epochs", 6000, "--save-every", 50]
+    options = ["--output", tmp_path, "--epochs", 4000, "--save-every", 50]
     with Run(*TORCHRUN, *together, *PAGE, *options) as running:
         resumed = []
         pids = running.until(r"processes +(\d+), (\d+)").groups()
@@ -142,7 +150,7 @@ def test_workers_killed_at_random_epochs_are_restarted_and_end_as_if_nothing_had
     assert resumed == sorted(set(resumed))
     assert all(epoch % 50 == 0 and epoch > 0 for epoch in resumed)
     assert said.count(" ok\n") == 2
-    assert epoch_of(path) == 6000
+    assert epoch_of(path) == 4000
 
 
 def test_a_killed_agent_takes_its_workers_along_and_the_next_run_goes_on(tmp_path):
@@ -157,7 +165,7 @@ def test_a_killed_agent_takes_its_workers_along_and_the_next_run_goes_on(tmp_pat
         running.process.kill()
         running.process.wait()
         running.end()  # the pipe ends with the last that holds it
-        assert not any(map(alive, pids))
+        wait_until(lambda: not any(map(alive, pids)))
     reached = epoch_of(path)
     assert 0 < reached < 8000
     status, said = torchrun(2, "--output", tmp_path, "--epochs", reached + 500)
@@ -205,21 +213,47 @@ def hosts() -> Iterator[list[tuple[list[str], str, str]]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_two_agents_on_two_hosts_train_one_network(hosts, tmp_path):
+@contextlib.contextmanager
+def agents(hosts: list, processes: int, *options: object) -> Iterator[list[Run]]:
+    """Run the page on two hosts, with so many processes each."""
     endpoint = f"{hosts[0][1]}:{free_port()}"
     with contextlib.ExitStack() as stack:
         runs = []
         for number, (prefix, address, interface) in enumerate(hosts):
-            meeting = ["--nnodes", 2, "--nproc-per-node", 2, "--rdzv-id", "lesson"]
-            meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+            meeting = ["--nnodes", 2, "--nproc-per-node", processes, "--rdzv-id", "lesson"]
+            meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--max-restarts", 3]
             meeting += ["--rdzv-conf", f"is_host={number == 0}", "--local-addr", address]
-            command = [*prefix, *TORCHRUN, *meeting, *PAGE, "--output", tmp_path, "--epochs", 50]
+            command = [*prefix, *TORCHRUN, *meeting, *PAGE, *options]
             runs.append(stack.enter_context(Run(*command, GLOO_SOCKET_IFNAME=interface)))
+        yield runs
+
+
+def test_two_agents_on_two_hosts_train_one_network(hosts, tmp_path):
+    with agents(hosts, 2, "--output", tmp_path, "--epochs", 50) as runs:
         ends = [run.end() for run in runs]
     assert [status for status, _ in ends] == [0, 0], ends
     said = "".join(said for _, said in ends)
     assert "train() on 4 processes" in said
     assert said.count(" ok\n") == 2, "one transcript, of rank 0"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_killed_on_one_of_two_hosts_is_restarted_with_the_other(which, hosts, tmp_path):
+    """Each agent counts its own restarts, so nothing that they tell their workers is the same."""
+    path = tmp_path / "distributed-0.pt"
+    options = ["--output", tmp_path, "--epochs", 4000, "--save-every", 50, "--timeout", 30]
+    with agents(hosts, 1, *options) as runs:
+        for _ in range(2):
+            reached = epoch_of(path)
+            wait_until(lambda before=reached: epoch_of(path) > before)
+            agent = runs[which].process.pid
+            children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+        ends = [run.end() for run in runs]
+    said = "".join(said for _, said in ends)
+    assert [status for status, _ in ends] == [0, 0], said
+    assert said.count("goes on from") == 2
+    assert "must have the same" not in said
 
 
 # Divided
@@ -239,6 +273,15 @@ def test_parts_saved_by_two_are_loaded_by_one_and_by_four(tmp_path):
     held = [int(n.replace(",", "")) for n in re.search(r"hold +(.+?) +ok", said)[1].split(", ")]
     assert (len(held), sum(held)) == (4, whole)
     assert max(held) < whole * 0.26
+
+
+def test_parts_of_an_earlier_save_do_not_stay(tmp_path):
+    for processes in (2, 1):
+        status, said = torchrun(processes, "--fsdp", "save", "--epochs", 1, "--output", tmp_path)
+        assert status == 0, said
+    status, said = ends_with(tmp_path, "--fsdp", "load", "--seed", 5)
+    assert status == 0, said
+    assert "saved by 1, loaded by 1" in said
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
@@ -298,6 +341,8 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         (["--seed", "7"], "rank 1 has seed 7, rank 0 has 0; all must have the same"),
         (["--epochs", "9"], "rank 1 has epochs 9, rank 0 has 200; all must have the same"),
         (["--output", "/dev"], "rank 1 has checkpoint none, rank 0 has "),
+        (["--save-every", "9"], "rank 1 has save-every 9, rank 0 has 20; all must have the same"),
+        (["--fsdp", "save"], "rank 1 has fsdp save, rank 0 has None; all must have the same"),
     ],
 )
 def test_a_rank_that_differs_is_named(other, sentence, tmp_path):
@@ -365,6 +410,47 @@ def test_a_torn_checkpoint_gets_a_sentence_and_is_left_there(tmp_path):
     assert path.exists()
 
 
+def ends_with(tmp_path: Path, *options: object) -> tuple[int, str]:
+    with Run(sys.executable, *PAGE, "--output", tmp_path, *options) as running:
+        return running.end()
+
+
+def test_what_another_run_has_left_is_gone_on_from_or_refused_and_never_lost(tmp_path):
+    path = tmp_path / "distributed-0.pt"
+    status, said = ends_with(tmp_path, "--epochs", 30)
+    assert status == 0, said
+    assert epoch_of(path) == 30, "saved every 20, and at the end"
+    status, said = ends_with(tmp_path, "--epochs", 30)
+    assert status == 0, said
+    assert re.search(r"goes on from .*, epoch 30\n", said)
+    status, said = ends_with(tmp_path, "--epochs", 20)
+    assert status == 1
+    more = f"{path} is at epoch 30, beyond 20; ask for more --epochs, or delete it to start anew"
+    assert said.endswith(f"distributed: {more}\n")
+    assert epoch_of(path) == 30
+
+    checkpoint, _ = lesson.trained(0, torch.device("cpu"), 3)
+    lesson.save_checkpoint(path, checkpoint)
+    kept = path.read_bytes()
+    status, said = ends_with(tmp_path)
+    assert status == 1
+    other = "holds another network than this page trains; move it away, or name another --output"
+    assert said.endswith(f"distributed: {path} {other}\n")
+    assert path.read_bytes() == kept
+
+
+def test_a_silent_rank_is_waited_for_no_longer_than_asked(tmp_path):
+    options = ["--output", tmp_path, "--epochs", 100_000, "--timeout", 4]
+    with Run(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PAGE, *options) as running:
+        pids = running.until(r"processes +(\d+), (\d+)").groups()
+        wait_until((tmp_path / "distributed-0.pt").exists)
+        os.kill(int(pids[1]), signal.SIGSTOP)
+        running.until(r"rank 0 lost another, which ended or was silent for 4 s; the first to fail")
+        os.kill(int(pids[1]), signal.SIGCONT)
+        status, _ = running.end()
+    assert status == 1
+
+
 def test_a_run_on_fewer_samples_is_not_gone_on_from_with_all(tmp_path):
     for options in (["--samples", 50, "--epochs", 3], ["--epochs", 6]):
         with Run(sys.executable, *PAGE, "--output", tmp_path, *options) as running:
@@ -392,6 +478,11 @@ def test_the_plan_is_printed_and_drawn(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"the lesson's network +\S+ ms a step, 38,440 bytes of gradients", printed)
     rows = [line.split() for line in printed.splitlines() if line.count("computing") == 2]
+    for row in rows:  # workers, ms, "ms,", "computing", share; twice
+        step = float(re.search(r"the lesson's network +(\S+) ms a step", printed)[1])
+        share = step / (step + float(row[1]))
+        assert float(row[4].rstrip("%")) == pytest.approx(100 * share, abs=3)
+    assert "5 billion" in printed
     assert [row[0] for row in rows] == ["1", "2", "8", "64", "512", "1,000", "4,096", "10,000"]
     assert float(rows[-1][1]) == pytest.approx(100.0, abs=0.01), "19,998 messages of 5 us"
     drawn = matplotlib.image.imread(tmp_path / "distributed.png")

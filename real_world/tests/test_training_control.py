@@ -57,6 +57,7 @@ def test_focal_loss_is_cross_entropy_at_gamma_0_and_its_formula_elsewhere():
         assert control.focal_loss(logits, y, gamma).item() == pytest.approx(by_hand)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: control.focal_loss(x, y), logits)
+    assert control.focal_loss(logits, y).equal(control.focal_loss(logits, y, gamma=2.0))
     far = torch.tensor([[1000.0, -1000.0]])
     assert control.focal_loss(far, torch.tensor([1])) == 2000, "no overflow"
 
@@ -96,7 +97,60 @@ def test_without_clipping_it_diverges_and_with_it_it_converges(digits, capsys):
     losses = control.compare_clipping(digits, 200)
     assert losses["not clipped"][-1] > 2 > 0.1 > losses["clipped to 1"][-1]
     assert max(losses["not clipped"]) > 10 * losses["not clipped"][0]
-    assert re.search(r"12\.8 before, 1\.0 after; \d+ of 200 clipped", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"up to 12\.8; \d+ of 200 clipped", said)
+    assert re.search(r"12\.849 before, 1\.000 after +ok", said)
+
+
+def test_clipping_is_to_the_norm_that_was_asked_for(digits):
+    model, _ = untrained(0, "cpu")
+    norms = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    control.train_clipped(model, digits.X * 16, digits.y, optimizer, 1, largest=0.5, norms=norms)
+    after = nn.utils.get_total_norm([weights.grad for weights in model.parameters()])
+    assert norms[0] > 10
+    assert after.item() == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_scaler_multiplies_the_loss_and_takes_it_out_again_before_the_update(digits, monkeypatch):
+    """As on CUDA, but for the format: there it is float16 and the scaler is enabled."""
+    calls = []
+
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, loss: torch.Tensor) -> torch.Tensor:
+            calls.append("scale")
+            return super().scale(loss)
+
+        def step(self, optimizer: torch.optim.Optimizer) -> None:
+            calls.append("step")
+            return super().step(optimizer)
+
+        def update(self) -> None:
+            calls.append("update")
+            return super().update()
+
+    def scaler(device: str, enabled: bool) -> Scaler:
+        asked.append(enabled)
+        return Scaler(device, init_scale=1024.0)
+
+    asked = []
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    model, optimizer = untrained(0, "cpu")
+    seen = []
+    model.output.bias.register_hook(lambda gradient: seen.append(gradient.abs().max().item()))
+    scaled = control.train_mixed(model, digits.X, digits.y, optimizer, 5)
+    assert calls == ["scale", "step", "update"] * 5
+    assert asked == [False], "bfloat16 needs none"
+    model, optimizer = untrained(0, "cpu")
+    plain = lesson.train(model, digits.X, digits.y, optimizer=optimizer, epochs=5)
+    assert scaled == pytest.approx(plain, abs=0.01)
+    assert seen[0] > 100 * model.output.bias.grad.abs().max()
+
+
+def test_every_comparison_compares_two_ways(digits):
+    for compare in (control.compare_mixed, control.compare_accumulating, control.compare_focal):
+        first, second = compare(digits, 20).values()
+        assert first != second
 
 
 def test_mixed_precision_really_computes_in_16_bits_and_stays_near_float32(digits):
@@ -153,7 +207,7 @@ def test_the_page_prints_what_it_changed_and_draws_it(tmp_path, capsys):
         for line in control.changed(loop):
             assert f"    >  {line}\n" in transcript
     assert control.changed(control.train_with_focal_loss) == ["loss = focal_loss(outputs, y)"]
-    assert transcript.count(" ok\n") == 8
+    assert transcript.count(" ok\n") == 9
     drawn = matplotlib.image.imread(tmp_path / "training_control.png")
     assert drawn.shape == (840, 1440, 4)
     with pytest.raises(SystemExit):
