@@ -354,10 +354,10 @@ def compare_with_one(
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
     losses = lesson.train(model, digits.X.double(), digits.y, optimizer=optimizer, epochs=epochs)
     apart = max(abs(a - b) for a, b in zip(losses, checkpoint.losses, strict=True))
-    lesson.check("every loss, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
+    lesson.check("each loss, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
     pairs = zip(model.parameters(), checkpoint.model.parameters(), strict=True)
     apart = max((a - b).abs().max().item() for a, b in pairs)
-    lesson.check("every weight, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
+    lesson.check("each weight, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
 
 
 def data_parallel(

@@ -57,7 +57,7 @@ def test_losses_and_weights_are_those_of_one_process(processes, tmp_path):
     status, said = torchrun(processes, "--output", tmp_path, "--epochs", 100)
     assert status == 0, said
     for what in ("loss", "weight"):
-        found = re.search(rf"every {what}, against one process +differs by (\S+) +ok", said)
+        found = re.search(rf"each {what}, against one process +differs by (\S+) +ok", said)
         assert float(found[1]) <= 1e-6
     kept = lesson.load_checkpoint(tmp_path / "distributed-0.pt")
     digits = load_digits()
@@ -98,7 +98,7 @@ def test_to_average_unequal_parts_equally_is_wrong(tmp_path):
     finally:
         del os.environ["PYTHONPATH"]
     assert status != 0
-    assert re.search(r"every loss, against one process +differs by 0\.\d+|NOT SO", said)
+    assert re.search(r"each loss, against one process +differs by 0\.\d+|NOT SO", said)
     status, said = torchrun(2, *options, "--output", tmp_path / "weighted")
     assert status == 0, said
 
