@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import math
 import os
+import secrets
 import sys
 import tempfile
 import warnings
@@ -99,6 +100,25 @@ def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
         raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
     checkpoint.model.float()  # what distributed.py trains is float64
     return checkpoint
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write beside `path`, and give it that name when it is done."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a schedule of the step size: up to `lr` for a tenth of the steps, then down."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
 
 
 class Batches:

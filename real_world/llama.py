@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import secrets
 import statistics
 import sys
 import textwrap
@@ -33,7 +32,17 @@ from torch import nn
 from torch.nn import functional
 
 import lesson_code as lesson
-from real_world import Batches, distributed, number, parser, quiet, run, shown
+from real_world import (
+    Batches,
+    distributed,
+    number,
+    one_cycle,
+    parser,
+    quiet,
+    run,
+    shown,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -339,16 +348,6 @@ def refuse(path: Path, reason: str) -> NoReturn:
     raise lesson.CheckpointError(f"{path} {reason}")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write beside `path`, and give it that name when it is done."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_config(path: Path) -> LlamaConfig:
     """Return the sizes in a config.json of Hugging Face's; raise CheckpointError if it has none."""
     try:
@@ -616,11 +615,10 @@ def train_llama(
         mean = functools.partial(distributed.mean, group=group)
     lr = 0.003
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(  # up for a tenth of the steps, then down
-        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
     epochs = min(first or steps, steps)
-    batches = Batches("" if first else "llama", draw, epochs, schedule.step, mean=mean)
+    batches = Batches(
+        "" if first else "llama", draw, epochs, one_cycle(optimizer, lr, steps).step, mean=mean
+    )
     losses = lesson.train(
         model,
         batches.X,
