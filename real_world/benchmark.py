@@ -11,8 +11,10 @@ beside it, and headlines and tables into the README.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import os
@@ -36,7 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world import distributed, lesson_checkpoint, parser, run, shown
+from real_world import distributed, lesson_checkpoint, llama, parser, run, shown, stable_diffusion
+from real_world.digits import load_digits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -296,6 +299,101 @@ def scaling_chart(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+# %% Three networks, one train()
+
+
+def call_of_train(function: Callable) -> str:
+    """Return the line with which `function` calls train(), as it stands in its source."""
+    tree = ast.parse(inspect.getsource(inspect.unwrap(function)))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    named = (call for call in calls if ast.unparse(call.func).split(".")[-1] == "train")
+    return ast.unparse(next(named))
+
+
+def trainings() -> dict[str, Any]:
+    """Train the lesson's network, the Llama and the denoiser; return what each was and became."""
+    cpu, digits, text = torch.device("cpu"), load_digits(), llama.library_text()
+    torch.manual_seed(0)
+    small, model, diffusion = (
+        lesson.SimpleClassifier(),
+        llama.Llama(llama.MINIATURE),
+        stable_diffusion.Diffusion(),
+    )
+    stable_diffusion.train_autoencoder(diffusion.autoencoder, digits.X, 600)
+    with torch.no_grad():
+        latents, _ = diffusion.autoencoder.encode(stable_diffusion.as_images(digits.X))
+    latents /= latents.std()
+    schedule = diffusion.schedule
+    runs = {
+        "SimpleClassifier": (
+            small,
+            lesson.trained,
+            lambda: lesson.trained.__wrapped__(0, cpu, 100)[0].losses,
+        ),
+        "Llama": (
+            model,
+            llama.train_llama,
+            lambda: llama.train_llama(model, text[: len(text) * 9 // 10], llama.STEPS, seed=0),
+        ),
+        "Denoiser, of Stable Diffusion": (
+            diffusion.denoiser,
+            stable_diffusion.train_denoiser,
+            lambda: stable_diffusion.train_denoiser(
+                diffusion.denoiser, latents, digits.y, schedule, stable_diffusion.STEPS
+            ),
+        ),
+    }
+    results = {}
+    for name, (network, trainer, training) in runs.items():
+        start = time.perf_counter()
+        losses = training()
+        results[name] = {
+            "parameters": sum(weights.numel() for weights in network.parameters()),
+            "line": call_of_train(trainer),
+            "seconds": time.perf_counter() - start,
+            "steps": len(losses),
+            "first": losses[0],
+            "last": statistics.mean(losses[-len(losses) // 50 :]),  # of batches, which differ
+            "losses": [round(loss, 4) for loss in losses[:: max(1, len(losses) // 200)]],
+        }
+    return results
+
+
+def trainings_headline(results: dict[str, Any]) -> str:
+    """Return what the README's table of claims says of `trainings`."""
+    *sizes, last = (f"{measured['parameters']:,}" for measured in results.values())
+    return f"networks of {', '.join(sizes)} and {last} parameters, trained by one `train()`"
+
+
+def trainings_table(results: dict[str, Any]) -> str:
+    """Return the README's table of `trainings`' results."""
+    lines = ["| network | parameters | the line that trains it | steps | loss | takes |"]
+    lines.append("| --- | ---: | --- | ---: | ---: | ---: |")
+    for name, measured in results.items():
+        loss = f"{measured['first']:.2f} to {measured['last']:.2f}"
+        row = (
+            name,
+            f"{measured['parameters']:,}",
+            f"`{measured['line']}`",
+            f"{measured['steps']:,}",
+        )
+        lines.append(f"| {' | '.join(row)} | {loss} | {measured['seconds']:.2g} s |")
+    return "\n".join(lines)
+
+
+def trainings_chart(results: dict[str, Any], path: Path) -> None:
+    """Draw the three losses side by side, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), dpi=120, layout="constrained")
+    for axes, (name, measured) in zip(figure.subplots(1, 3), results.items(), strict=True):
+        steps = torch.linspace(1, measured["steps"], len(measured["losses"])).tolist()
+        axes.plot(steps, measured["losses"], color="#0969da", lw=1)
+        axes.set(title=f"{name}: {measured['parameters']:,}", xlabel="step", ylabel="loss", ylim=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 # %% Running it
 
 
@@ -324,6 +422,13 @@ ENTRIES = {
         scaling_headline,
         scaling_table,
         scaling_chart,
+    ),
+    "trainings": Entry(
+        "used verbatim",
+        trainings,
+        trainings_headline,
+        trainings_table,
+        trainings_chart,
     ),
 }
 

@@ -782,7 +782,9 @@ def draw(
     curve, growth = figure.subplots(1, 2)
     curve.set(title="Training on Python's language reference", xlabel="step", ylabel="nats a byte")
     curve.plot(range(1, len(losses) + 1), losses, color=blue, lw=0.8)
-    for entropy, name in zip(entropies(text), ("a byte alone", "after one byte"), strict=True):
+    for entropy, name in zip(
+        entropies(text), ("a byte", "a byte, the last one known"), strict=True
+    ):
         curve.axhline(entropy, color=grey, ls=":")
         curve.text(len(losses), entropy, f"entropy of {name}", color=grey, ha="right", va="bottom")
     curve.set_ylim(0)
