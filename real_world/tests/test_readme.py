@@ -80,6 +80,7 @@ def masked(text: str) -> str:
     ("block", "line"),
     enumerate(
         [
+            "real_world.static_graph",
             "real_world.deploy --cpp",
             "2 -m real_world.distributed",
             "--fsdp load",
