@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
+import functools
 import importlib.metadata
 import inspect
 import itertools
@@ -27,18 +29,31 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world import distributed, lesson_checkpoint, llama, parser, run, shown, stable_diffusion
+from real_world import (
+    Batches,
+    distributed,
+    lesson_checkpoint,
+    llama,
+    parser,
+    quiet,
+    run,
+    shown,
+    stable_diffusion,
+    static_graph,
+)
 from real_world.digits import load_digits
 
 if TYPE_CHECKING:
@@ -128,7 +143,7 @@ def until_answered(url: str) -> None:
 CONNECTIONS = (1, 32, 128)
 
 
-def service(rounds: int = 5, seconds: int = 3) -> dict[str, Any]:
+def service(rounds: int, seconds: int = 3) -> dict[str, Any]:
     """Load `serve` and a plain FastAPI endpoint, in turn; return the medians by connections."""
     lesson_checkpoint(lesson.CHECKPOINTS / "lesson.pt")
     plain = ("uvicorn", "--factory", "real_world.benchmark:plain_endpoint", "--no-access-log")
@@ -238,7 +253,7 @@ SCALES = {  # network, samples, steps, processes
 }
 
 
-def scaling(rounds: int = 3) -> dict[str, Any]:
+def scaling(rounds: int) -> dict[str, Any]:
     """Time a training step on one process and on two, a thread each, in turn; return medians."""
     runs: dict[str, list[float]] = {}
     turns = list(itertools.product(range(rounds), SCALES.items()))
@@ -299,6 +314,474 @@ def scaling_chart(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+# %% The lesson over what it cannot do without
+
+
+FLOOR = """
+import sys, torch, numpy
+from matplotlib.figure import Figure
+model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+optimizer = torch.optim.Adam(model.parameters())
+torch.nn.functional.cross_entropy(model(torch.randn(9, 4)), torch.zeros(9).long()).backward()
+optimizer.step()
+figure = Figure(figsize=(12, 4), dpi=120)
+for axes in figure.subplots(1, 3):
+    axes.plot([1, 2])
+figure.savefig(sys.argv[1] + "/floor.png")
+state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+torch.save(state, sys.argv[1] + "/floor.pt")
+torch.load(sys.argv[1] + "/floor.pt", weights_only=True)
+"""
+
+
+def alternate(ways: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, Any]:
+    """Let every way measure itself, in turn, `rounds` times; return the median and the spread."""
+    runs: dict[str, list[float]] = {name: [] for name in ways}
+    turns = list(itertools.product(range(rounds), ways.items()))
+    for _, (name, way) in tqdm(turns, title, leave=False, disable=None):
+        runs[name].append(way())
+    return {
+        name: {"median": statistics.median(times), "lowest": min(times), "highest": max(times)}
+        for name, times in runs.items()
+    }
+
+
+def the_lesson(rounds: int) -> dict[str, Any]:
+    """Run the lesson, its tests and a floor, in turn; return the seconds of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {
+            "the floor": ["-c", FLOOR, folder],
+            "python lesson_code.py": ["lesson_code.py", "--output", folder],
+            "pytest test_lesson.py": ["-m", "pytest", "-q", "test_lesson.py"],
+        }
+
+        def seconds(words: list[str]) -> float:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=True)
+            return time.perf_counter() - start
+
+        ways = {name: functools.partial(seconds, words) for name, words in commands.items()}
+        return {"seconds": alternate(ways, rounds, "lesson")}
+
+
+# %% One training step, in every framework
+
+
+SIZES = {  # samples, features, hidden, classes
+    "the lesson's": (100, 4, 16, 3),
+    "the digits'": (1437, 64, 128, 10),
+    "wide": (4096, 512, 1024, 100),
+    "all matrix product": (4096, 2048, 4096, 1000),
+}
+LR = static_graph.LR
+
+
+def numpy_steps(model: lesson.SimpleClassifier, X: np.ndarray, y: np.ndarray) -> Callable:
+    """Return the step without any framework: gradients by hand, Adam by hand."""
+    W1, b1, W2, b2 = parameters = [w.detach().numpy().copy() for w in model.parameters()]
+    averages, squares = ([np.zeros_like(w) for w in parameters] for _ in range(2))
+    truth, rows = np.eye(len(b2), dtype=np.float32)[y], np.arange(len(y))
+    steps = itertools.count(1)
+
+    def step() -> float:
+        hidden = X @ W1.T + b1
+        active = np.maximum(hidden, 0)
+        logits = active @ W2.T + b2
+        logits -= logits.max(axis=1, keepdims=True)
+        shares = np.exp(logits)
+        shares /= shares.sum(axis=1, keepdims=True)
+        slope = (shares - truth) / len(y)
+        back = slope @ W2
+        back[hidden <= 0] = 0
+        gradients = (back.T @ X, back.sum(axis=0), slope.T @ active, slope.sum(axis=0))
+        t = next(steps)
+        for w, gradient, average, square in zip(
+            parameters, gradients, averages, squares, strict=True
+        ):
+            average += 0.1 * (gradient - average)
+            square += 0.001 * (gradient**2 - square)
+            scale = (square / (1 - 0.999**t)) ** 0.5 + 1e-8
+            w -= LR / (1 - 0.9**t) * average / scale
+        return -np.log(shares[rows, y]).mean().item()
+
+    return step
+
+
+def jax_steps(model: lesson.SimpleClassifier, X: np.ndarray, y: np.ndarray) -> Callable:
+    """Return the step in JAX, its gradient and Adam compiled together by jit."""
+    import jax
+    from jax import numpy as jnp
+
+    parameters = [jnp.asarray(w.detach().numpy()) for w in model.parameters()]
+    inputs, labels = jnp.asarray(X), jnp.asarray(y)
+
+    def criterion(parameters: list) -> jax.Array:
+        W1, b1, W2, b2 = parameters
+        logits = jax.nn.relu(inputs @ W1.T + b1) @ W2.T + b2
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
+
+    @jax.jit
+    def update(parameters: list, averages: list, squares: list, t: int) -> tuple:
+        loss, gradients = jax.value_and_grad(criterion)(parameters)
+        averages = [0.9 * m + 0.1 * g for m, g in zip(averages, gradients, strict=True)]
+        squares = [0.999 * v + 0.001 * g**2 for v, g in zip(squares, gradients, strict=True)]
+        parameters = [
+            w - LR / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
+            for w, m, v in zip(parameters, averages, squares, strict=True)
+        ]
+        return parameters, averages, squares, loss
+
+    zeros = [jnp.zeros_like(w) for w in parameters]
+    state, times = [parameters, zeros, zeros], itertools.count(1)
+
+    def step() -> float:
+        *state[:], loss = update(*state, next(times))
+        return loss.item()
+
+    return step
+
+
+def ways_to_train(size: tuple[int, int, int, int]) -> dict[str, Callable[[int], list[float]]]:
+    """Return, by name, what trains the same network on the same data for so many steps.
+
+    Each returns the loss of every step. scikit-learn alone starts from weights of its own.
+    """
+    samples, features, hidden, classes = size
+    X, y = lesson.make_synthetic_data(samples, features, classes)
+    X = X / features**0.5
+    torch.manual_seed(0)
+    first = lesson.SimpleClassifier(features, hidden, classes)
+    eager, plain = copy.deepcopy(first), copy.deepcopy(first)
+    optimizer = torch.optim.Adam(eager.parameters(), LR)
+    other = torch.optim.Adam(plain.parameters(), LR)
+
+    @torch.compile
+    def compiled_step() -> torch.Tensor:
+        other.zero_grad()
+        loss = nn.functional.cross_entropy(plain(X), y)
+        loss.backward()
+        other.step()
+        return loss.detach()
+
+    tf = static_graph.tensorflow()
+    from keras import losses, optimizers
+
+    twins = [static_graph.keras_twin(first) for _ in range(2)]
+    criterion = losses.SparseCategoricalCrossentropy(from_logits=True)
+    twins[0].compile(optimizers.Adam(LR, epsilon=static_graph.EPSILON), criterion)
+    whole = {"batch_size": samples, "shuffle": False, "verbose": 0}
+    inputs, labels = tf.constant(X.numpy()), tf.constant(y.numpy())
+    traced = tf.function(static_graph.keras_step(twins[1]))
+    by_hand, by_jax = (make(first, X.numpy(), y.numpy()) for make in (numpy_steps, jax_steps))
+
+    def scikit_learn(steps: int) -> list[float]:
+        from sklearn.neural_network import MLPClassifier
+
+        never = {"tol": 0.0, "n_iter_no_change": steps + 1, "learning_rate_init": LR}
+        network = MLPClassifier((hidden,), alpha=0, batch_size=samples, max_iter=steps, **never)
+        with quiet():  # it warns that it has not converged
+            return network.fit(X.numpy(), y.numpy()).loss_curve_
+
+    return {
+        "train()": lambda steps: lesson.train(eager, X, y, optimizer=optimizer, epochs=steps),
+        "the step, torch.compile": lambda steps: [compiled_step() for _ in range(steps)],
+        "Keras, fit()": lambda steps: (
+            twins[0].fit(inputs, labels, epochs=steps, **whole).history["loss"]
+        ),
+        "TensorFlow, @tf.function": lambda steps: [
+            float(traced(inputs, labels)) for _ in range(steps)
+        ],
+        "JAX, jit": lambda steps: [by_jax() for _ in range(steps)],
+        "scikit-learn, MLPClassifier": scikit_learn,
+        "NumPy, by hand": lambda steps: [by_hand() for _ in range(steps)],
+    }
+
+
+def flops_of_a_step(size: tuple[int, int, int, int]) -> int:
+    """Return the operations of a step's matrix products; the input needs no gradient."""
+    samples, features, hidden, classes = size
+    return 2 * samples * hidden * (2 * features + 3 * classes)
+
+
+def matrix_products(rounds: int, size: int = 4096) -> dict[str, Any]:
+    """Time a product of two square matrices in every framework: the most that each can do here."""
+    from jax import numpy as jnp
+
+    tf = static_graph.tensorflow()
+    pair = torch.randn(2, size, size)
+    in_tf, in_jax = ([make(m.numpy()) for m in pair] for make in (tf.constant, jnp.asarray))
+    a, b = pair
+    ways = {
+        "PyTorch": lambda: a @ b,
+        "NumPy": lambda: a.numpy() @ b.numpy(),
+        "TensorFlow": lambda: tf.matmul(*in_tf).numpy(),
+        "JAX": lambda: jnp.matmul(*in_jax).block_until_ready(),
+    }
+
+    def seconds(way: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        way()
+        return time.perf_counter() - start
+
+    timed = {name: functools.partial(seconds, way) for name, way in ways.items()}
+    for way in ways.values():
+        way()
+    return alternate(timed, rounds, "products")
+
+
+def step(rounds: int) -> dict[str, Any]:
+    """Time a training step of the article's network in every framework and at every size."""
+    results: dict[str, Any] = {}
+    for name, size in SIZES.items():
+        ways = ways_to_train(size)
+        steps = max(2, min(100, round(2e10 / flops_of_a_step(size))))
+        for way in ways.values():
+            way(2)  # to trace, to compile
+
+        def seconds(way: Callable[[int], list[float]], steps: int = steps) -> float:
+            start = time.perf_counter()
+            way(steps)
+            return (time.perf_counter() - start) / steps
+
+        timed = {which: functools.partial(seconds, way) for which, way in ways.items()}
+        results[name] = alternate(timed, rounds, f"step, {name}")
+    results["products"] = matrix_products(rounds)
+    return results
+
+
+def peaks(results: dict[str, Any]) -> dict[str, float]:
+    """Return the operations a second of a matrix product, by framework."""
+    products = results["products"].items()
+    return {name: 2 * 4096**3 / measured["lowest"] for name, measured in products}
+
+
+def of_peak(results: dict[str, Any], size: str, way: str, peak: float) -> float:
+    """Return what share of `peak` the matrix products of a step reach."""
+    return flops_of_a_step(SIZES[size]) / results[size][way]["median"] / peak
+
+
+def step_headline(results: dict[str, Any]) -> str:
+    """Return what the README's table of claims says of `step`."""
+    small, peak = results["the lesson's"], peaks(results)
+    ours = small["train()"]["median"]
+    keras, traced = (
+        small[name]["median"] / ours for name in ("Keras, fit()", "TensorFlow, @tf.function")
+    )
+    own, best = (
+        of_peak(results, "all matrix product", "train()", most)
+        for most in (peak["PyTorch"], max(peak.values()))
+    )
+    speed = f"At the lesson's size {keras:.0f} times as fast as `fit()`, {traced:.1f} times as"
+    large = (
+        f"{own:.0%} of what PyTorch's own matrix product reaches, {best:.0%} of the fastest one's"
+    )
+    return f"{speed} `@tf.function`; at the largest {large}"
+
+
+def step_table(results: dict[str, Any]) -> str:
+    """Return the README's table of `step`'s results."""
+    lines = ["| a training step | " + " | ".join(SIZES) + " |", "| --- |" + " ---: |" * len(SIZES)]
+    sizes = (" x ".join(f"{part:,}" for part in size) for size in SIZES.values())
+    lines.append("| samples x features x hidden x classes | " + " | ".join(sizes) + " |")
+    best = max(peaks(results).values())
+    for way in results["the lesson's"]:
+        cells = []
+        for name in SIZES:
+            median, ours = (results[name][which]["median"] for which in (way, "train()"))
+            share = of_peak(results, name, way, best)
+            cells.append(f"{median * 1000:,.4g} ms, {median / ours:.2f} x, {share:.0%}")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    lines += ["", "| a 4,096 x 4,096 matrix product | " + " | ".join(peaks(results)) + " |"]
+    lines.append("| --- |" + " ---: |" * len(peaks(results)))
+    rates = (f"{rate / 1e9:,.0f}" for rate in peaks(results).values())
+    lines.append(f"| billion operations a second | {' | '.join(rates)} |")
+    return "\n".join(lines)
+
+
+def step_chart(results: dict[str, Any], path: Path) -> None:
+    """Draw the time of a step by the operations in it, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
+    times, shares = figure.subplots(1, 2)
+    flops = [flops_of_a_step(size) / 1e9 for size in SIZES.values()]
+    peak = peaks(results)
+    best = max(peak.values())
+    for way in results["the lesson's"]:
+        look = {"lw": 2.5, "color": "#0969da", "zorder": 3} if way == "train()" else {"lw": 1}
+        medians = [results[name][way]["median"] * 1000 for name in SIZES]
+        times.plot(flops, medians, "o-", label=way, **look)
+        reached = [100 * of_peak(results, name, way, best) for name in SIZES]
+        shares.plot(flops, reached, "o-", **look)
+    own = 100 * peak["PyTorch"] / best
+    shares.axhline(own, color="#6e7781", ls=":", lw=1)
+    shares.text(flops[0], own + 1, "PyTorch's own matrix product", color="#6e7781")
+    times.set(title="A training step", ylabel="ms", yscale="log")
+    shares.set(title="Of the fastest matrix product", ylabel="%", ylim=(0, 105))
+    for axes in (times, shares):
+        axes.set(xlabel="billion operations in a step", xscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+    times.legend(frameon=False)
+    figure.savefig(path)
+
+
+# %% Llama and Stable Diffusion, against the libraries
+
+
+class Logits(nn.Module):
+    """transformers' Llama, with tokens in and logits out, which is what train() takes."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        super().__init__()
+        self.twin = twin
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits, (batch, length, vocab_size)."""
+        return self.twin(tokens).logits
+
+
+def language(rounds: int) -> dict[str, Any]:
+    """Time a token, in training and in cached generation, of the Llama and of transformers'."""
+    torch.manual_seed(0)
+    model = llama.Llama(llama.MINIATURE)
+    twin = llama.hugging_face_twin(model)
+    text, steps, count = llama.library_text(), 10, 256
+    prompt = llama.encoded("The with statement is")
+
+    def training(network: nn.Module) -> float:
+        network = copy.deepcopy(network)
+        optimizer = torch.optim.AdamW(network.parameters())
+        draw = llama.windows(text, llama.BATCH, llama.CONTEXT, 0)
+        batches = Batches("", draw, steps)
+        named = {"criterion": llama.next_token_loss, "optimizer": optimizer, "on_epoch": batches}
+        start = time.perf_counter()
+        lesson.train(network, batches.X, batches.y, epochs=steps, **named)
+        return (time.perf_counter() - start) / (steps * llama.BATCH * llama.CONTEXT)
+
+    def writing(write: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        write()
+        return (time.perf_counter() - start) / count
+
+    def ours() -> list:
+        return list(llama.generate(model, prompt, count))
+
+    def theirs() -> torch.Tensor:
+        return twin.generate(prompt, max_new_tokens=count, do_sample=False)
+
+    ways = {"llama.py": lambda: training(model), "transformers": lambda: training(Logits(twin))}
+    trained = alternate(ways, rounds, "language, training")
+    ways = {"llama.py": lambda: writing(ours), "transformers": lambda: writing(theirs)}
+    return {"training": trained, "generation": alternate(ways, rounds, "language, generation")}
+
+
+def pictures(rounds: int) -> dict[str, Any]:
+    """Time an image of the denoiser, drawn by the page and by diffusers' DDIM scheduler."""
+    from diffusers import DDIMScheduler
+
+    torch.manual_seed(0)
+    diffusion, prompts = stable_diffusion.Diffusion(), torch.arange(100) % 10
+    same = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(**same, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(50)
+    both = torch.cat((torch.full_like(prompts, stable_diffusion.EMPTY), prompts))
+
+    @torch.no_grad()
+    def theirs() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(len(prompts), 2, 4, 4, generator=generator)
+        for moment in scheduler.timesteps:
+            times = moment.expand(len(both))
+            noisy = stable_diffusion.Noisy(torch.cat((latents, latents)), times, both)
+            without, with_prompt = diffusion.denoiser(noisy).chunk(2)
+            prediction = without + 3.0 * (with_prompt - without)
+            latents = scheduler.step(prediction, moment, latents).prev_sample
+        return stable_diffusion.decode(diffusion, latents)
+
+    def ours() -> torch.Tensor:
+        return stable_diffusion.draw(diffusion, prompts)
+
+    apart = (ours() - theirs()).abs().max().item()
+    lesson.check("the same images", f"differ by {apart:.0e}", apart <= 1e-4)
+
+    def seconds(way: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        way()
+        return (time.perf_counter() - start) / len(prompts)
+
+    ways = {"stable_diffusion.py": ours, "diffusers' scheduler": theirs}
+    timed = {name: functools.partial(seconds, way) for name, way in ways.items()}
+    return {"an image, 50 steps": alternate(timed, rounds, "pictures")}
+
+
+# %% What these have in common: a few ways, and which takes how long
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float]:
+    """Return, by what is done, how many times as long the last way takes as the first."""
+    found = {}
+    for what, ways in results.items():
+        first, *_, last = (measured["median"] for measured in ways.values())
+        found[what] = last / first
+    return found
+
+
+def plain_table(results: dict[str, Any]) -> str:
+    """Return a table of ways, their time, and its ratio to that of the first."""
+    lines = ["| | takes | against the first |", "| --- | ---: | ---: |"]
+    for what, ways in results.items():
+        base = next(iter(ways.values()))["median"]
+        power, unit = next((p, u) for p, u in ((0, "s"), (3, "ms"), (6, "us")) if base * 10**p >= 1)
+        for name, measured in ways.items():
+            low, middle, high = (
+                f"{measured[key] * 10**power:,.3g}" for key in ("lowest", "median", "highest")
+            )
+            ratio = f"{measured['median'] / base:.2f} x"
+            lines.append(f"| {what}: {name} | {middle} {unit} ({low} to {high}) | {ratio} |")
+    return "\n".join(lines)
+
+
+def plain_chart(results: dict[str, Any], path: Path) -> None:
+    """Draw how long each way takes, against the first, as a PNG."""
+    from matplotlib.figure import Figure
+
+    bars = [
+        (f"{what}: {name}", measured["median"] / next(iter(ways.values()))["median"])
+        for what, ways in results.items()
+        for name, measured in ways.items()
+    ]
+    figure = Figure(figsize=(8, 0.6 + 0.4 * len(bars)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    names, values = zip(*bars, strict=True)
+    drawn = axes.barh(
+        names, values, color=["#0969da" if value == 1 else "#6e7781" for value in values]
+    )
+    axes.bar_label(drawn, [f"{value:.2f} x" for value in values], padding=4)
+    axes.set(xlabel="times as long", xlim=(0, 1.2 * max(values)))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def lesson_headline(results: dict[str, Any]) -> str:
+    """Return what the README says of `lesson`."""
+    floor, script, tests = (ways["median"] for ways in results["seconds"].values())
+    return f"the script takes {script / floor:.2f} times that, its tests {tests / floor:.2f} times"
+
+
+def language_headline(results: dict[str, Any]) -> str:
+    """Return what the README says of `language`."""
+    times = ratios(results)
+    trained = f"trained at {times['training']:.2f} times the speed of `transformers`'"
+    return f"{trained}, writing at {times['generation']:.1f} times"
+
+
+def pictures_headline(results: dict[str, Any]) -> str:
+    """Return what the README says of `pictures`."""
+    (ratio,) = ratios(results).values()
+    return f"{ratio:.2f} times as fast as by `diffusers`' scheduler"
+
+
 # %% Three networks, one train()
 
 
@@ -310,8 +793,8 @@ def call_of_train(function: Callable) -> str:
     return ast.unparse(next(named))
 
 
-def trainings() -> dict[str, Any]:
-    """Train the lesson's network, the Llama and the denoiser; return what each was and became."""
+def trainings(rounds: int) -> dict[str, Any]:
+    """Train the lesson's network, the Llama and the denoiser, once whatever `rounds` says."""
     cpu, digits, text = torch.device("cpu"), load_digits(), llama.library_text()
     torch.manual_seed(0)
     small, model, diffusion = (
@@ -402,40 +885,53 @@ class Entry:
     """What is measured, and how it is shown in the README and in a picture."""
 
     claim: str
-    measure: Callable[[], dict[str, Any]]
+    rounds: int
+    measure: Callable[[int], dict[str, Any]]
     headline: Callable[[dict[str, Any]], str]
     table: Callable[[dict[str, Any]], str]
     chart: Callable[[dict[str, Any], Path], None]
 
 
 ENTRIES = {
+    "lesson": Entry(
+        "all 16 tests should pass in under 30 seconds on CPU",
+        *(5, the_lesson, lesson_headline, plain_table, plain_chart),
+    ),
+    "step": Entry(
+        "This explicit loop, as opposed to Keras's model.fit()",
+        *(9, step, step_headline, step_table, step_chart),
+    ),
     "service": Entry(
         "Requests arrive via an API gateway ... and are batched",
-        service,
-        service_headline,
-        service_table,
-        service_chart,
+        *(5, service, service_headline, service_table, service_chart),
     ),
     "scaling": Entry(
         "thousands of A100 GPUs coordinated via torch.distributed",
-        scaling,
-        scaling_headline,
-        scaling_table,
-        scaling_chart,
+        *(3, scaling, scaling_headline, scaling_table, scaling_chart),
+    ),
+    "language": Entry(
+        "a 70-billion-parameter language model",
+        *(7, language, language_headline, plain_table, plain_chart),
+    ),
+    "pictures": Entry(
+        "Stability AI's Stable Diffusion fine-tuning pipelines",
+        *(7, pictures, pictures_headline, plain_table, plain_chart),
     ),
     "trainings": Entry(
         "used verbatim",
-        trainings,
-        trainings_headline,
-        trainings_table,
-        trainings_chart,
+        *(1, trainings, trainings_headline, trainings_table, trainings_chart),
     ),
 }
 
 
-def with_results(readme: str, results: dict[str, Any]) -> str:
+def picture(name: str) -> Path:
+    """Return where the chart of an entry is; docs/lesson.png is the lesson's own."""
+    return RESULTS.with_name("lesson-time.png" if name == "lesson" else f"{name}.png")
+
+
+def with_results(readme: str, results: dict[str, Any], names: Iterable[str] = ENTRIES) -> str:
     """Return `readme` with what each entry says of itself between its marks."""
-    for name, entry in ENTRIES.items():
+    for name, entry in ((name, ENTRIES[name]) for name in names):
         measured = results[name]["results"]
         for mark, text in (
             (f"<!-- headline {name} -->", entry.headline(measured)),
@@ -446,47 +942,58 @@ def with_results(readme: str, results: dict[str, Any]) -> str:
     return readme
 
 
+PACKAGES = ("torch", "tensorflow-cpu", "keras", "jax", "scikit-learn", "numpy", "transformers")
+PACKAGES += ("diffusers", "uvicorn", "fastapi")
+
+
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "uvicorn", "fastapi")}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     described = Path("/proc/cpuinfo")  # of Linux
     found = described.exists() and re.search(r"model name\s*: (.+)", described.read_text())
     cpu = {"processor": found[1] if found else platform.processor(), "cores": os.cpu_count()}
     return {**cpu, "system": platform.platform(), "python": platform.python_version(), **versions}
 
 
-def benchmark(names: list[str], write: bool) -> None:
+def benchmark(names: list[str], quick: bool, write: bool) -> None:
     """Measure the entries and print their tables; `write` down results, tables and charts."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in names:
         lesson.heading(f"Benchmark: {name}", ENTRIES[name].claim)
-        measured = ENTRIES[name].measure()
+        measured = ENTRIES[name].measure(1 if quick else ENTRIES[name].rounds)
         results[name] = {"machine": machine(), "results": measured}
         print(ENTRIES[name].table(measured))
         if write:
-            ENTRIES[name].chart(measured, RESULTS.with_name(f"{name}.png"))
+            ENTRIES[name].chart(measured, picture(name))
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            README.write_text(with_results(README.read_text(), results))
+            README.write_text(with_results(README.read_text(), results, [name]))
             written = ", ".join(str(shown(p)) for p in (RESULTS, README))
             print()
-            lesson.show("written", f"{written} and docs/{name}.png")
+            lesson.show("written", f"{written} and {shown(picture(name))}")
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
     made = parser("benchmark", "What the README quotes, measured side by side.")
     made.add_argument("names", metavar="ENTRY", nargs="*", help=f"of {', '.join(ENTRIES)}")
+    made.add_argument("--quick", action="store_true", help="measure once, which says little")
     made.add_argument("--write", action="store_true", help="into docs/ and the README")
     chosen = made.parse_args(argv)
     if unknown := set(chosen.names) - ENTRIES.keys():
         made.error(f"there is no entry {unknown.pop()!r}; there is {', '.join(ENTRIES)}")
+    if chosen.quick and chosen.write:
+        made.error(
+            "argument --write: what is measured once is not for the README; leave out --quick"
+        )
     return chosen
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the page; return its exit status."""
     chosen = options(argv)
-    return run("benchmark", lambda: benchmark(chosen.names or list(ENTRIES), chosen.write))
+    return run(
+        "benchmark", lambda: benchmark(chosen.names or list(ENTRIES), chosen.quick, chosen.write)
+    )
 
 
 if __name__ == "__main__":

@@ -78,15 +78,17 @@ def masked(text: str) -> str:
 
 @pytest.mark.parametrize(
     ("block", "line"),
-    enumerate(
-        [
-            "real_world.static_graph",
-            "real_world.deploy --cpp",
-            "2 -m real_world.distributed",
-            "--fsdp load",
-            "real_world.training_control",
-            "real_world.digits",
-        ]
+    list(
+        enumerate(
+            [
+                "real_world.static_graph",
+                "real_world.deploy --cpp",
+                "2 -m real_world.distributed",
+                "--fsdp load",
+                "real_world.training_control",
+                "real_world.digits",
+            ]
+        )
     ),
 )
 def test_a_transcript_is_what_its_page_prints(console, block, line):
@@ -99,8 +101,9 @@ def test_what_was_measured_is_what_the_readme_says():
     results = json.loads(benchmark.RESULTS.read_text())
     assert benchmark.with_results(README, results) == README
     for name in benchmark.ENTRIES:
-        assert f"../docs/{name}.png" in README
-        assert benchmark.RESULTS.with_name(f"{name}.png").exists()
+        picture = benchmark.picture(name)
+        assert f"../docs/{picture.name}" in README
+        assert picture.exists()
         assert results[name]["machine"]["cores"] >= 1
 
 

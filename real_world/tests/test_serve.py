@@ -125,7 +125,7 @@ def server(checkpoint):
         yield running
         status, rest = running.stop()
         assert status == 0
-        assert rest.endswith("stopped                             all workers have ended\n")
+        assert re.search(r"stopped +all workers have ended\n$", rest)
 
 
 @pytest.fixture(scope="module")
