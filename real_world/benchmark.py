@@ -373,6 +373,15 @@ SIZES = {  # samples, features, hidden, classes
     "wide": (4096, 512, 1024, 100),
     "all matrix product": (4096, 2048, 4096, 1000),
 }
+WAYS = (
+    "train()",
+    "the step, torch.compile",
+    "Keras, fit()",
+    "TensorFlow, @tf.function",
+    "JAX, jit",
+    "scikit-learn, MLPClassifier",
+    "NumPy, by hand",
+)
 LR = static_graph.LR
 
 
@@ -434,9 +443,9 @@ def jax_steps(model: lesson.SimpleClassifier, X: np.ndarray, y: np.ndarray) -> C
     zeros = [jnp.zeros_like(w) for w in parameters]
     state, times = [parameters, zeros, zeros], itertools.count(1)
 
-    def step() -> float:
+    def step() -> jax.Array:
         *state[:], loss = update(*state, next(times))
-        return loss.item()
+        return loss.block_until_ready()
 
     return step
 
@@ -482,19 +491,16 @@ def ways_to_train(size: tuple[int, int, int, int]) -> dict[str, Callable[[int], 
         with quiet():  # it warns that it has not converged
             return network.fit(X.numpy(), y.numpy()).loss_curve_
 
-    return {
-        "train()": lambda steps: lesson.train(eager, X, y, optimizer=optimizer, epochs=steps),
-        "the step, torch.compile": lambda steps: [compiled_step() for _ in range(steps)],
-        "Keras, fit()": lambda steps: (
-            twins[0].fit(inputs, labels, epochs=steps, **whole).history["loss"]
-        ),
-        "TensorFlow, @tf.function": lambda steps: [
-            float(traced(inputs, labels)) for _ in range(steps)
-        ],
-        "JAX, jit": lambda steps: [by_jax() for _ in range(steps)],
-        "scikit-learn, MLPClassifier": scikit_learn,
-        "NumPy, by hand": lambda steps: [by_hand() for _ in range(steps)],
-    }
+    trainings = (
+        lambda steps: lesson.train(eager, X, y, optimizer=optimizer, epochs=steps),
+        lambda steps: [compiled_step() for _ in range(steps)],
+        lambda steps: twins[0].fit(inputs, labels, epochs=steps, **whole).history["loss"],
+        lambda steps: [traced(inputs, labels) for _ in range(steps)],
+        lambda steps: [by_jax() for _ in range(steps)],
+        scikit_learn,
+        lambda steps: [by_hand() for _ in range(steps)],
+    )
+    return dict(zip(WAYS, trainings, strict=True))
 
 
 def flops_of_a_step(size: tuple[int, int, int, int]) -> int:
@@ -529,22 +535,49 @@ def matrix_products(rounds: int, size: int = 4096) -> dict[str, Any]:
     return alternate(timed, rounds, "products")
 
 
+def step_worker(size: str, way: str) -> None:
+    """Say when `way` is warm; then, for every line that comes in, print the seconds of a step."""
+    train = ways_to_train(SIZES[size])[way]
+    train(2)  # to trace, to compile
+    start = time.perf_counter()
+    train(2)
+    # Half a second at least: the threads of a process that has slept share a core at first.
+    steps = max(2, round(1 / (time.perf_counter() - start)))
+    print("warm", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        train(steps)
+        print((time.perf_counter() - start) / steps, flush=True)
+
+
 def step(rounds: int) -> dict[str, Any]:
-    """Time a training step of the article's network in every framework and at every size."""
+    """Time a training step of the article's network in every framework and at every size.
+
+    Each in a process of its own: the threads of one framework would be in the way of another's.
+    """
     results: dict[str, Any] = {}
-    for name, size in SIZES.items():
-        ways = ways_to_train(size)
-        steps = max(2, min(100, round(2e10 / flops_of_a_step(size))))
-        for way in ways.values():
-            way(2)  # to trace, to compile
+    for size in SIZES:
+        with contextlib.ExitStack() as stack:
+            workers = {}
+            for way in WAYS:
+                call = f"from real_world import benchmark; benchmark.step_worker({size!r}, {way!r})"
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+                pipes["stderr"] = subprocess.DEVNULL  # TensorFlow's and XLA's remarks
+                command = [sys.executable, "-c", call]
+                workers[way] = stack.enter_context(subprocess.Popen(command, cwd=ROOT, **pipes))
+                stack.callback(workers[way].stdin.close)
+            for way, worker in workers.items():
+                if worker.stdout.readline() != "warm\n":
+                    raise OSError(f"{way}, {size}: it does not train")
 
-        def seconds(way: Callable[[int], list[float]], steps: int = steps) -> float:
-            start = time.perf_counter()
-            way(steps)
-            return (time.perf_counter() - start) / steps
+            def seconds(worker: subprocess.Popen) -> float:
+                time.sleep(0.5)  # OpenBLAS's threads go on spinning for a while
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                return float(worker.stdout.readline())
 
-        timed = {which: functools.partial(seconds, way) for which, way in ways.items()}
-        results[name] = alternate(timed, rounds, f"step, {name}")
+            ways = {way: functools.partial(seconds, worker) for way, worker in workers.items()}
+            results[size] = alternate(ways, rounds, f"step, {size}")
     results["products"] = matrix_products(rounds)
     return results
 
@@ -899,7 +932,7 @@ ENTRIES = {
     ),
     "step": Entry(
         "This explicit loop, as opposed to Keras's model.fit()",
-        *(9, step, step_headline, step_table, step_chart),
+        *(5, step, step_headline, step_table, step_chart),
     ),
     "service": Entry(
         "Requests arrive via an API gateway ... and are batched",
