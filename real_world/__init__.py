@@ -83,6 +83,12 @@ def shown(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
+def writable(folder: Path) -> None:
+    """Make `folder` where it is not there; raise OSError where nothing can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
     """Return the checkpoint at `path` on the CPU; where there is none, train and save it first.
 
@@ -184,7 +190,7 @@ def quiet() -> Iterator[list[str]]:
 
 def run(page: str, body: Callable[[], None]) -> int:
     """Run a page; return its exit status, and where it fails say why in one sentence."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         body()

@@ -41,6 +41,7 @@ from real_world import (
     quiet,
     run,
     shown,
+    writable,
     write_whole,
 )
 
@@ -50,15 +51,16 @@ if TYPE_CHECKING:
 # %% The sizes
 
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class RopeScaling(msgspec.Struct, frozen=True):
     """How Llama 3.1 stretches its rotary embedding to contexts beyond those it was trained on."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
     original_max_position_embeddings: Count
     rope_type: str = "llama3"
 
@@ -72,8 +74,8 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
     num_attention_heads: Count
     num_key_value_heads: Count
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500_000.0
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive = 500_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     head_dim: Count | None = None
@@ -329,12 +331,22 @@ class Llama(nn.Module):
                 continue  # older files have what follows from the others
             if name not in expected:
                 refuse(path, f"holds {name}, which a Llama of this config.json does not have")
+            if name in weights:
+                refuse(path, f"holds {name}, which another file holds too")
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                refuse(path, f"holds {name} in {kind}; float32, float16 and bfloat16 are read")
             if tensor.shape != expected[name]:
                 wanted = f"{tuple(expected[name])} by config.json"
                 refuse(path, f"holds {name} as {tuple(tensor.shape)}, which is {wanted}")
             weights[name] = tensor.to(dtype or tensor.dtype)
         if missing := expected.keys() - weights.keys():
             refuse(folder, f"lacks {len(missing)} tensors of its config.json: {min(missing)}, ...")
+        if (
+            len(kinds := {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+            > 1
+        ):
+            refuse(folder, f"mixes {' and '.join(sorted(kinds))}; name the dtype to load it in")
         model.load_state_dict(weights, strict=False, assign=True)  # tied, one is not there
         model.tie()
         return model
@@ -356,8 +368,10 @@ def read_config(path: Path) -> LlamaConfig:
             refuse(path, f"describes a {stored.get('model_type')}, not a llama")
         # transformers 5 keeps both in rope_parameters, transformers 4 and Meta's own files do not.
         rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-        kind = rope.get("rope_type", "default")
+        rope = msgspec.convert(rope, dict)
+        kind = rope.get("rope_type", rope.get("type", "default"))
         plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        plain["quantization_config"] = None
         for name, only in plain.items():
             if stored.get(name, only) != only:
                 refuse(path, f"has {name} {stored[name]}; Llama 3 has {only}")
@@ -366,11 +380,12 @@ def read_config(path: Path) -> LlamaConfig:
         theta = rope.get("rope_theta", stored.get("rope_theta", 10_000.0))
         scaling = rope if kind == "llama3" else None
         config = msgspec.convert(
-            stored | {"rope_theta": theta, "rope_scaling": scaling}, LlamaConfig
+            {"rms_norm_eps": 1e-6} | stored | {"rope_theta": theta, "rope_scaling": scaling},
+            LlamaConfig,
         )
     except FileNotFoundError:
         refuse(path, "does not exist; a Llama's folder has config.json and model.safetensors")
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         refuse(path, f"is no configuration of a Llama: {error}")
     if config.num_attention_heads % config.num_key_value_heads or config.head_size % 2:
         heads = f"{config.num_attention_heads} heads of {config.head_size}"
@@ -381,7 +396,7 @@ def read_config(path: Path) -> LlamaConfig:
 def stored_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder; raise CheckpointError where there are none."""
     index = folder / "model.safetensors.index.json"
-    if (whole := folder / "model.safetensors").exists():
+    if (whole := folder / "model.safetensors").is_file():
         return [whole]
     if not index.exists():
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
@@ -394,7 +409,7 @@ def stored_files(folder: Path) -> list[Path]:
     except (msgspec.MsgspecError, KeyError):
         refuse(index, "is no index of safetensors files")
     for name in sorted(names):
-        if Path(name).name != name or not (folder / name).exists():
+        if Path(name).name != name or not (folder / name).is_file():
             refuse(index, f"names {name}, which is no file beside it")
     return [folder / name for name in sorted(names)]
 
@@ -465,6 +480,10 @@ def generate(
     given = prompt
     for _ in range(count):
         logits = model.lm_head(model.model(given, caches)[:, -1])
+        if not logits.isfinite().all():
+            raise lesson.ClaimError(
+                "the network answers with no numbers: its weights are not finite"
+            )
         if temperature == 0:
             token = logits.argmax(dim=-1)
         else:
@@ -667,7 +686,8 @@ def learn(
         model = gathered(model)
     rate = f"{steps * BATCH * CONTEXT / seconds:,.0f} bytes a second"
     lesson.show("trained in", f"{seconds:.0f} s, {rate}")
-    loss, (_, bigram) = held_out_loss(model, text[-rest:]), entropies(text)
+    loss, (_, bigram) = held_out_loss(model, text[-rest:]), entropies(text[-rest:])
+    lesson.show("entropy of what is held out", f"{bigram:.4f} nats after the byte before")
     measured = f"{loss:.4f} nats a byte"
     if steps >= STEPS:
         lesson.check("held out, well below a bigram", measured, loss < 0.75 * bigram)
@@ -818,8 +838,12 @@ def write_on(
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     sampling = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "seed")}
     device = model.lm_head.weight.device
+    if prompt.numel() == 0 or prompt.max() >= model.config.vocab_size:
+        raise lesson.ClaimError("the prompt has no token, or one that the network does not know")
     tokens = prompt[0].tolist()
-    said = ""
+    said = chosen.prompt if tokenizer is None else tokenizer.decode(tokens)
+    print(said, end="", flush=True)
+    text = said
     for token in generate(model, prompt.to(device), chosen.tokens, **sampling):
         if token.item() in ends:
             break
@@ -828,7 +852,7 @@ def write_on(
         if not text.endswith("\ufffd"):  # the rest of a character is still to come
             print(text[len(said) :], end="", flush=True)
             said = text
-    print()
+    print(text[len(said) :])
 
 
 def of_hugging_face(
@@ -865,7 +889,7 @@ def network(
     folder, device = chosen.output / "llama", group.device if group else chosen.device
     kept = (folder / "config.json").exists()
     if chosen.train or (chosen.train is None and not kept):
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
+        writable(folder)
         model, losses = learn(library_text(), chosen.steps, chosen.seed, device, group)
         if group is None or group.rank == 0:
             model.save_pretrained(folder)
@@ -874,7 +898,10 @@ def network(
     if not kept:
         refuse(shown(folder), "holds no network; without --no-train one is trained there")
     lesson.show("trained by an earlier run", f"{shown(folder)}/; --train trains another")
-    return Llama.from_pretrained(folder, device, torch.float32), []
+    model = Llama.from_pretrained(folder, device, torch.float32)
+    if model.config.vocab_size != 256:
+        refuse(shown(folder), "holds a network whose tokens are not bytes; --train trains another")
+    return model, []
 
 
 QUOTE = "from a two-layer classifier to a 70-billion-parameter language model"
@@ -914,7 +941,7 @@ def divided_page(chosen: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the processes share the cores
     facts = {"seed": chosen.seed, "steps": chosen.steps}
     with distributed.together(facts, "auto", chosen.device, seconds=60) as group:
-        chosen.train = True
+        chosen.train = True  # what an earlier run left is another run's losses
         lesson.heading(f"Llama 3 in miniature, divided over {group.world}", QUOTE)
         _, losses = network(chosen, group)
         if group.rank == 0:
@@ -939,9 +966,19 @@ def work(chosen: argparse.Namespace) -> None:
 
 def some_text(text: str) -> str:
     """Convert an option's text; raise ArgumentTypeError where there is none."""
-    if text:
-        return text
-    raise argparse.ArgumentTypeError("is empty; a prompt has one character at least")
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; a prompt has one character at least")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8") from None
+    return text
+
+
+def heat(text: str) -> float:
+    """Convert a temperature: 0, or what logits can be divided by."""
+    value = number(text, least=0, most=100)
+    return value if value == 0 else max(value, 0.001)
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -950,10 +987,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     made = parser("llama", about, "--device", "--seed", "--output", "--no-figure")
     add = made.add_argument
     positive = functools.partial(lesson.whole_number, least=1)
+    many = functools.partial(lesson.whole_number, least=1, most=1_000_000)
     steps = functools.partial(lesson.whole_number, least=20)
     add("--prompt", metavar="TEXT", type=some_text, help="go on from this text, and nothing else")
-    add("--tokens", metavar="N", type=positive, default=300, help="to write (default: 300)")
-    heat = functools.partial(number, least=0, most=100)
+    add("--tokens", metavar="N", type=many, default=300, help="to write (default: 300)")
     add("--temperature", metavar="T", type=heat, default=0.8, help="0 takes the likeliest (0.8)")
     add("--top-k", metavar="K", type=positive, help="draw from the K likeliest (default: all)")
     share = functools.partial(number, least=0, most=1)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 import lesson_code as lesson
-from real_world import Batches, number, one_cycle, parser, quiet, run, shown, write_whole
+from real_world import Batches, number, one_cycle, parser, quiet, run, shown, writable, write_whole
 from real_world.digits import Digits, load_digits, untrained
 
 if TYPE_CHECKING:
@@ -452,7 +452,10 @@ def kept(path: Path, device: torch.device) -> tuple[Diffusion, dict[str, list[fl
         losses = {name.removeprefix("losses."): content.pop(name).tolist() for name in names}
         diffusion = Diffusion()
         diffusion.load_state_dict(content)
-    except (SafetensorError, RuntimeError):  # load_state_dict's, for another network's weights
+        finite = all(w.is_floating_point() and w.isfinite().all() for w in content.values())
+        if not finite or diffusion.scale <= 0 or losses.keys() != {"autoencoder", "denoiser"}:
+            raise ValueError("weights that are no numbers, or no losses")
+    except (SafetensorError, RuntimeError, ValueError):  # load_state_dict's, for other weights
         reason = "is torn, or holds another network; delete it, and the next run trains one"
         raise lesson.CheckpointError(f"{shown(path)} {reason}") from None
     return diffusion.to(device), losses
@@ -483,7 +486,7 @@ def network(chosen: argparse.Namespace) -> tuple[Diffusion, dict[str, list[float
     """
     path = chosen.output / "stable_diffusion.safetensors"
     if chosen.train or (chosen.train is None and not path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
+        writable(path.parent)
         diffusion, losses = learn(load_digits(device=chosen.device), chosen.steps, chosen.seed)
         keep(path, diffusion, losses)
         lesson.show("saved", shown(path))

@@ -215,6 +215,27 @@ NORM = "model.norm.weight"
             lambda f: altered(f, rope_scaling={"rope_type": "llama3", "factor": 8}),
             "missing required field `low_freq_factor`",
         ),
+        (
+            lambda f: altered(
+                f, rope_parameters="gone", rope_scaling={"type": "linear", "factor": 4}
+            ),
+            "has a rotary embedding of type linear; Llama 3 has default or llama3",
+        ),
+        (lambda f: altered(f, rope_scaling="linear"), "Expected `object`, got `str`"),
+        (lambda f: altered(f, rope_theta=0), "Expected `float` > 0.0 - at `$.rope_theta`"),
+        (lambda f: altered(f, vocab_size=10**18), "Expected `int` <= 2147483648"),
+        (lambda f: altered(f, mlp_bias=True), "has mlp_bias True; Llama 3 has False"),
+        (lambda f: altered(f, head_dim=7), "divides 4 heads of 7 over 2, which does not come out"),
+        (lambda f: altered(f, quantization_config={"bits": 4}), "has quantization_config"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff{}"), "is no configuration of a Llama"),
+        (
+            with_weights(lambda w: w.update({NORM: torch.ones(32, dtype=torch.int8)})),
+            f"holds {NORM} in int8; float32, float16 and bfloat16 are read",
+        ),
+        (
+            with_weights(lambda w: w.update({NORM: torch.ones(32, dtype=torch.float16)})),
+            "mixes float16 and float32; name the dtype to load it in",
+        ),
         (with_index({"weight_map": {NORM: "../x.safetensors"}}), "which is no file beside it"),
         (with_index({"weight_map": {NORM: "x.safetensors"}}), "names x.safetensors, which is no"),
         (with_index({"weight": 1}), "is no index of safetensors files"),
@@ -407,6 +428,11 @@ def test_costs_follow_from_the_configuration():
     [
         ("--prompt=", "argument --prompt: is empty; a prompt has one character at least"),
         ("--temperature=-1", "argument --temperature: '-1' is not a number from 0 to 100"),
+        ("--prompt=a\udcff", "argument --prompt: is not UTF-8"),
+        (
+            "--tokens=9999999",
+            "argument --tokens: '9999999' is not a whole number from 1 to 1000000",
+        ),
         ("--temperature=nan", "argument --temperature: 'nan' is not a number from 0 to 100"),
         ("--top-p=1.5", "argument --top-p: '1.5' is not a number from 0 to 1"),
         ("--top-k=0", "argument --top-k: '0' is not a whole number from 1 to 4294967295"),
@@ -431,6 +457,25 @@ def test_what_is_not_there_gets_a_sentence(tmp_path, capsys):
     assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     lacks = f"{tmp_path} has no tokenizer.json, and its tokens are not bytes"
     assert capsys.readouterr().err == f"llama: {lacks}\n"
+
+
+def test_weights_that_are_no_numbers_get_a_sentence(tmp_path, capsys):
+    model = small(vocab_size=256)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    reason = "the network answers with no numbers: its weights are not finite"
+    assert capsys.readouterr().err == f"llama: {reason}\n"
+
+
+def test_far_tokens_are_rotated_in_float32_whatever_the_weights_are_in():
+    model = small(rope_theta=10_000.0)
+    like = torch.zeros((), dtype=torch.bfloat16)
+    far = llama.rotation(model.config, 1001, 1, like)
+    exact = llama.rotation(model.config, 1001, 1, torch.zeros(()))
+    for ours, expected in zip(far, exact, strict=True):
+        assert ours.equal(expected.bfloat16())
 
 
 def test_a_folder_with_a_tokenizer_goes_on_in_its_words_until_it_ends(tmp_path, capsys):

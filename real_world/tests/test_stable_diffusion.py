@@ -183,7 +183,53 @@ def test_a_short_training_falls_and_draws_are_of_a_seed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
 
 
-def test_one_prompt_in_ten_is_empty_and_the_target_is_the_noise_that_was_added():
+def test_the_target_is_the_noise_that_was_added_and_the_prompt_is_the_label(monkeypatch):
+    """What train() gets first, taken apart again."""
+    given = []
+
+    def train(model: nn.Module, X: sd.Noisy, y: torch.Tensor, **named: object) -> list[float]:
+        given.append((sd.Noisy(*(each.clone() for each in X)), y.clone()))
+        return original(model, X, y, **named)
+
+    original = lesson.train
+    monkeypatch.setattr(lesson, "train", train)
+    latents = torch.arange(100.0).view(-1, 1, 1, 1).expand(-1, 2, 4, 4).contiguous() / 10
+    schedule = sd.noise_schedule()
+    sd.train_denoiser(sd.Denoiser(8, 8), latents, torch.arange(100) % 10, schedule, 20)
+    ((noisy, y),) = given
+    image_share, noise_share = schedule.shares(noisy.times)
+    found = (noisy.latents - noise_share * y) / image_share
+    spoken = (noisy.prompts != sd.EMPTY) & (noisy.times < 500)
+    rows = (found.mean(dim=(1, 2, 3)) * 10).round().long()
+    assert spoken.sum() > 20
+    assert (rows[spoken] % 10).equal(noisy.prompts[spoken])
+
+
+def test_what_is_kept_is_the_mean_of_the_last_weights_and_scales_there_and_back(monkeypatch):
+    digits = load_digits()
+    averages = []
+    original = torch.optim.swa_utils.AveragedModel
+
+    def averaged(*arguments: object, **named: object) -> nn.Module:
+        averages.append(original(*arguments, **named))
+        return averages[-1]
+
+    monkeypatch.setattr(torch.optim.swa_utils, "AveragedModel", averaged)
+    monkeypatch.setattr(sd, "AUTOENCODER_STEPS", 60)
+    diffusion, _ = sd.learn(digits, 20, seed=0)
+    for ours, theirs in zip(
+        diffusion.denoiser.parameters(), averages[0].module.parameters(), strict=True
+    ):
+        assert ours.equal(theirs)
+    with torch.no_grad():
+        latents, _ = diffusion.autoencoder.encode(sd.as_images(digits.X))
+    scaled = latents * diffusion.scale
+    assert scaled.std().item() == pytest.approx(1, abs=1e-3)
+    plain = diffusion.autoencoder.decoder(latents).flatten(1).clamp(0, 1)
+    torch.testing.assert_close(sd.decode(diffusion, scaled), plain)
+
+
+def test_one_prompt_in_ten_is_empty():
     """Every batch that train() gets, seen through a model that only looks."""
     latents, y = torch.randn(100, 2, 4, 4), torch.arange(100) % 10
     schedule, seen = sd.noise_schedule(), []
@@ -259,6 +305,11 @@ def test_a_digit_in_characters():
         lambda path: os.truncate(path, 0),
         lambda path: path.write_bytes(b"PK\x03\x04" * 100),
         lambda path: save_file({"x": torch.ones(1)}, path),
+        lambda path: save_file(load_file(path) | {"scale": torch.tensor(torch.nan)}, path),
+        lambda path: save_file(load_file(path) | {"scale": torch.tensor(0.0)}, path),
+        lambda path: save_file(
+            {name: w for name, w in load_file(path).items() if "losses" not in name}, path
+        ),
         lambda path: save_file(load_file(path) | {"scale": torch.ones(3)}, path),
     ],
 )
