@@ -155,9 +155,8 @@ class Batches:
         for each in self.after:
             each()
         self.bar.update()
-        if (
-            self.title and (step + 1) % max(1, self.steps // 10) == 0
-        ):  # ten times only: it waits for the device
+        # Ten times only, for it waits for the device.
+        if self.title and (step + 1) % max(1, self.steps // 10) == 0:
             shown_loss = (self.mean(loss) if self.mean else loss).item()
             with self.bar.external_write_mode():
                 print(f"    step {step + 1:>5}    loss {shown_loss:.4f}")

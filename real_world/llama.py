@@ -20,7 +20,6 @@ import math
 import os
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -876,7 +875,9 @@ def sample(model: Llama, seed: int) -> None:
     tokens = generate(model, prompt, 240, temperature=0.8, seed=seed)
     codes = (token.item() for token in tokens)
     text = "".join(chr(code) if code == 10 or 32 <= code < 127 else "." for code in codes)
-    print(textwrap.indent(f"The {text}", "    | ", lambda line: True))
+    for line in f"The {text}".split("\n"):
+        for start in range(0, max(1, len(line)), 72):
+            print(f"    | {line[start : start + 72]}")
 
 
 def network(

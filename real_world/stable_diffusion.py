@@ -329,7 +329,7 @@ def train_autoencoder(model: Autoencoder, X: torch.Tensor, steps: int) -> list[f
         return batch, batch
 
     batches = Batches("autoencoder", draw, steps, one_cycle(optimizer, 0.003, steps).step)
-    losses = lesson.train(
+    return lesson.train(
         model,
         batches.X,
         batches.y,
@@ -338,7 +338,6 @@ def train_autoencoder(model: Autoencoder, X: torch.Tensor, steps: int) -> list[f
         epochs=steps,
         on_epoch=batches,
     )
-    return losses
 
 
 def train_denoiser(
