@@ -916,7 +916,7 @@ def page(chosen: argparse.Namespace) -> None:
     compare_with_transformers()
     text = library_text()
     alone, after_one = entropies(text)
-    print("\n  The text, Python's language reference, and what is known of it without a network:")
+    print("\n  The text, Python's language reference, and what is known without a network:")
     lesson.show("bytes, a tenth of them held out", f"{len(text):,}")
     lesson.show("entropy of a byte", f"{alone:.4f} nats, after the one before {after_one:.4f}")
     print("\n  Before training it writes:")
