@@ -118,6 +118,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write `tensors` to a safetensors file, whole or not at all; raise OSError where it fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:  # Hugging Face asks for the metadata
+        write_whole(path, lambda beside: save_file(content, beside, metadata={"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"{shown(path)} could not be written: {error}") from None
+
+
 def one_cycle(
     optimizer: torch.optim.Optimizer, lr: float, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -230,8 +230,8 @@ def print_latencies(networks: dict[str, Network], rows: torch.Tensor) -> None:
 # %% C++
 
 
-def build_cpp(output: Path) -> Path:
-    """Build `cpp/predict.cpp` against the libtorch of the installed wheel; return the program.
+def build_cpp(output: Path, name: str = "predict") -> Path:
+    """Build a program of `cpp/` against the libtorch of the installed wheel; return its path.
 
     Raises OSError, which says why and where to read more, where it cannot be built.
     """
@@ -244,14 +244,14 @@ def build_cpp(output: Path) -> Path:
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     commands = (
         ["cmake", "--fresh", "-G", "Ninja", "-S", source, "-B", folder, prefix],
-        ["cmake", "--build", folder],
+        ["cmake", "--build", folder, "--target", name],
     )
     with log.open("w") as file:
         for command in commands:
             done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
             if done.returncode:
                 raise OSError(f"the C++ program could not be built; {log} says why")
-    return folder / "predict"
+    return folder / name
 
 
 def as_csv(rows: torch.Tensor) -> str:

@@ -41,6 +41,7 @@ from real_world import (
     run,
     shown,
     writable,
+    write_tensors,
     write_whole,
 )
 
@@ -288,19 +289,14 @@ class Llama(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which Hugging Face reads; each whole or not."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
+        weights = self.state_dict()
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         about |= {"bos_token_id": None} | msgspec.to_builtins(self.config)
-        write_whole(
-            folder / "model.safetensors",
-            lambda path: save_file(weights, path, metadata={"format": "pt"}),
-        )
+        write_tensors(folder / "model.safetensors", weights)
         content = json.dumps(about, indent=2) + "\n"
         write_whole(folder / "config.json", lambda path: path.write_text(content))
 
@@ -497,10 +493,15 @@ def generate(
 
 @functools.cache
 def library_text() -> torch.Tensor:
-    """Return the reference of the Python language, which every Python has, in bytes (uint8)."""
+    """Return the reference of the Python language, which every Python has, in bytes (uint8).
+
+    Its topics repeat each other's paragraphs. Each stays once, where it stands first: else what is
+    held out would have been trained on.
+    """
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
+    text = "\n\n".join(dict.fromkeys(text.split("\n\n")))
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
@@ -766,15 +767,18 @@ def compare_sizes(model: Llama) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     print("\n  What a Llama costs, by its configuration; context 8,192, this one's 128:")
-    print(f"  {'':<14}{'parameters':>17}{'GFLOPs':>9}{'weights':>11}{'training':>11}{'cache':>13}")
-    print(f"  {'':<31}{'a token':>9}{'bfloat16':>11}{'16 bytes':>11}{'a token':>13}")
+    for line in (
+        ("", "parameters", "GFLOPs", "weights", "training", "cache a token"),
+        ("", "", "a token", "bfloat16", "16 bytes", "bfloat16"),
+    ):
+        print("  {:<14}{:>17}{:>9}{:>11}{:>11}{:>15}".format(*line))
     for name, config in {"this one": MINIATURE, **HERD}.items():
         parameters = parameter_count(config)
         flops = flops_a_token(config, 8192 if name in HERD else CONTEXT) / 1e9
         cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_size
         unit, power = ("GB", 1e9) if name in HERD else ("MB", 1e6)
         weights, training = (f"{parameters * size / power:,.1f} {unit}" for size in (2, 16))
-        row = f"{flops:>9,.3g}{weights:>11}{training:>11}{cache:>9,} B"
+        row = f"{flops:>9,.3g}{weights:>11}{training:>11}{cache:>13,} B"
         print(f"  {name:<14}{parameters:>17,}{row}")
 
     real = sum(weights.numel() for weights in model.parameters())
@@ -863,7 +867,10 @@ def of_hugging_face(
     if path.exists():
         from tokenizers import Tokenizer
 
-        return model, Tokenizer.from_file(str(path))
+        try:
+            return model, Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises no narrower one
+            refuse(path, f"is no tokenizer that can be read ({error})")
     if model.config.vocab_size != 256:
         refuse(folder, "has no tokenizer.json, and its tokens are not bytes")
     return model, None
@@ -1003,6 +1010,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     chosen = made.parse_args(argv)
     if chosen.weights and chosen.prompt is None:
         made.error("argument --weights: needs --prompt, the text to go on from")
+    if chosen.train is False and "RANK" in os.environ:
+        made.error("argument --no-train: torchrun is for training")
     return chosen
 
 

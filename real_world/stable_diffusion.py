@@ -28,7 +28,17 @@ from torch import nn
 from torch.nn import functional
 
 import lesson_code as lesson
-from real_world import Batches, number, one_cycle, parser, quiet, run, shown, writable, write_whole
+from real_world import (
+    Batches,
+    number,
+    one_cycle,
+    parser,
+    quiet,
+    run,
+    shown,
+    writable,
+    write_tensors,
+)
 from real_world.digits import Digits, load_digits, untrained
 
 if TYPE_CHECKING:
@@ -433,11 +443,8 @@ def draw(diffusion: Diffusion, prompts: torch.Tensor, **how: float) -> torch.Ten
 
 def keep(path: Path, diffusion: Diffusion, losses: dict[str, list[float]]) -> None:
     """Write both networks and the losses of their training to `path`, whole or not at all."""
-    from safetensors.torch import save_file
-
-    content = {name: weights.contiguous() for name, weights in diffusion.state_dict().items()}
-    content |= {f"losses.{name}": torch.tensor(values) for name, values in losses.items()}
-    write_whole(path, lambda temporary: save_file(content, temporary))
+    curves = {f"losses.{name}": torch.tensor(values) for name, values in losses.items()}
+    write_tensors(path, diffusion.state_dict() | curves)
 
 
 def kept(path: Path, device: torch.device) -> tuple[Diffusion, dict[str, list[float]]]:
