@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import lesson_code as lesson
-from real_world import llama
+from real_world import llama, write_tensors
 from real_world.tests.processes import ROOT, Run, torchrun
 
 PAGE = ["-m", "real_world.llama"]
@@ -71,6 +71,19 @@ def test_any_configuration_answers_and_learns_as_transformers_does(seed):
     for cached in (True, False):
         ours = torch.stack(list(llama.generate(model, prompt, 20, cached=cached)), dim=1)
         assert torch.equal(ours, theirs)
+
+
+def test_in_bfloat16_it_answers_as_transformers_does_far_into_a_text():
+    model = small(rope_theta=10_000.0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights += torch.randn(weights.shape) * 0.2
+    model.bfloat16()
+    tokens = torch.randint(50, (1, 600))
+    twin = llama.hugging_face_twin(model)
+    with torch.no_grad():
+        apart = (model(tokens) - twin(tokens).logits).float()
+    assert apart.abs().mean() < 0.05  # rounding; with angles in bfloat16 it would be 0.2
 
 
 def test_the_comparison_sees_a_network_that_is_not_the_same():
@@ -149,6 +162,20 @@ def test_a_config_json_as_meta_published_it_is_read(tmp_path):
     content |= {"model_type": "llama", "torch_dtype": "bfloat16", "mlp_bias": False}
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert llama.read_config(tmp_path / "config.json") == llama.HERD["Llama 3.1 8B"]
+
+
+def test_what_older_files_repeat_is_not_read(tmp_path):
+    """An output that is tied to the embedding, and the frequencies of the rotary embedding."""
+    model = small(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    again = llama.Llama.from_pretrained(tmp_path)
+    tokens = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        assert torch.equal(again(tokens), model(tokens))
 
 
 def altered(folder: Path, **changes: object) -> None:
@@ -448,6 +475,18 @@ def test_a_wrong_option_gets_a_sentence(options, sentence, capsys):
     assert capsys.readouterr().err == f"llama: {sentence}\n"
 
 
+def test_torchrun_is_for_training(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        llama.main(["--no-train"])
+    assert capsys.readouterr().err == "llama: argument --no-train: torchrun is for training\n"
+
+
+def test_no_paragraph_of_the_text_stands_in_it_twice():
+    paragraphs = bytes(llama.library_text().tolist()).decode().split("\n\n")
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+
+
 def test_what_is_not_there_gets_a_sentence(tmp_path, capsys):
     assert llama.main(["--no-train", "--prompt", "a", "--output", str(tmp_path)]) == 1
     lacks = f"{tmp_path}/llama holds no network; without --no-train one is trained there"
@@ -458,6 +497,24 @@ def test_what_is_not_there_gets_a_sentence(tmp_path, capsys):
     assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     lacks = f"{tmp_path} has no tokenizer.json, and its tokens are not bytes"
     assert capsys.readouterr().err == f"llama: {lacks}\n"
+
+
+def test_a_tokenizer_that_cannot_be_read_gets_a_sentence(tmp_path, capsys):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"llama: {tmp_path}/tokenizer.json is no tokenizer that can be read (")
+    assert error.count("\n") == 1
+
+
+def test_what_cannot_be_written_gets_a_sentence_and_leaves_nothing(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        small().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"gone/x could not be written: .*No such file"):
+        write_tensors(tmp_path / "gone" / "x", {"a": torch.ones(1)})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_weights_that_are_no_numbers_get_a_sentence(tmp_path, capsys):
@@ -479,7 +536,8 @@ def test_far_tokens_are_rotated_in_float32_whatever_the_weights_are_in():
         assert ours.equal(expected.bfloat16())
 
 
-def test_a_folder_with_a_tokenizer_goes_on_in_its_words_until_it_ends(tmp_path, capsys):
+@pytest.mark.parametrize("several", [True, False])
+def test_a_folder_with_a_tokenizer_goes_on_in_its_words_until_it_ends(several, tmp_path, capsys):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"w{number}": number for number in range(50)}
@@ -490,7 +548,9 @@ def test_a_folder_with_a_tokenizer_goes_on_in_its_words_until_it_ends(tmp_path, 
     prompt = torch.tensor([[4, 7]])
     tokens = [token.item() for token in llama.generate(model, prompt, 12)]
     end = tokens.index(tokens[5])
-    ending = msgspec.structs.replace(model.config, eos_token_id=(tokens[5],))
+    ending = msgspec.structs.replace(
+        model.config, eos_token_id=(49, tokens[5]) if several else tokens[5]
+    )
     model.model.config = ending
     model.save_pretrained(tmp_path)
     options = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
