@@ -1,7 +1,8 @@
 """The article's claims about production, one runnable page each: `python -m real_world.PAGE`.
 
 Every page imports `lesson_code` and uses its network, its `train()` and its checkpoint unchanged;
-no page imports another but `digits`, for its data. Here is what all of them start with.
+no page imports another but `digits`, for its data, and `distributed`, which divides `llama`. Here
+is what all of them start with.
 """
 
 from __future__ import annotations
@@ -77,6 +78,17 @@ def number(text: str, least: float, most: float) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
 
 
+def only_with(
+    made: argparse.ArgumentParser, chosen: argparse.Namespace, switch: str, **defaults: object
+) -> None:
+    """Give options their defaults; refuse those that were given without the one they belong to."""
+    for name, default in defaults.items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, default)
+        elif getattr(chosen, switch) is None:
+            made.error(f"argument --{name.replace('_', '-')}: belongs to --{switch}")
+
+
 def shown(path: Path) -> Path:
     """Return `path` as a transcript shows it: from here, where it is below."""
     path, here = path.resolve(), Path.cwd()
@@ -112,7 +124,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write beside `path`, and give it that name when it is done."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what a new file has here; safetensors' has less
         write(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -168,7 +183,7 @@ class Batches:
             each()
         self.bar.update()
         # Ten times only, for it waits for the device.
-        if self.title and (step + 1) % max(1, self.steps // 10) == 0:
+        if self.title and 10 * (step + 1) // self.steps > 10 * step // self.steps:
             shown_loss = (self.mean(loss) if self.mean else loss).item()
             with self.bar.external_write_mode():
                 print(f"    step {step + 1:>5}    loss {shown_loss:.4f}")

@@ -36,6 +36,7 @@ from real_world import (
     distributed,
     number,
     one_cycle,
+    only_with,
     parser,
     quiet,
     run,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 # %% The sizes
 
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # products of three are then no overflow
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -61,7 +62,7 @@ class RopeScaling(msgspec.Struct, frozen=True):
     factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
-    original_max_position_embeddings: Count
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
     rope_type: str = "llama3"
 
 
@@ -249,8 +250,10 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, caches: list[Cache] | None = None) -> torch.Tensor:
         """Return (batch, length, hidden_size) for `tokens`, (batch, length) int64."""
-        x = self.embed_tokens(tokens)
         start = caches[0].length if caches else 0
+        if start and tokens.shape[1] > 1:
+            raise ValueError("after the prompt, tokens come one at a time")
+        x = self.embed_tokens(tokens)
         by = rotation(self.config, start, tokens.shape[1], like=x)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             x = layer(x, by, cache)
@@ -283,7 +286,7 @@ class Llama(nn.Module):
         """Return the logits of the token after each of `tokens`.
 
         With `caches`, `tokens` are those after the ones that the caches hold: a whole prompt into
-        empty caches, then one token at a time.
+        empty caches, then one token at a time; ValueError where it is more.
         """
         return self.lm_head(self.model(tokens, caches))
 
@@ -337,11 +340,9 @@ class Llama(nn.Module):
             weights[name] = tensor.to(dtype or tensor.dtype)
         if missing := expected.keys() - weights.keys():
             refuse(folder, f"lacks {len(missing)} tensors of its config.json: {min(missing)}, ...")
-        if (
-            len(kinds := {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
-            > 1
-        ):
-            refuse(folder, f"mixes {' and '.join(sorted(kinds))}; name the dtype to load it in")
+        kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+        if len(kinds) > 1:
+            refuse(folder, f"mixes {' and '.join(kinds)}; name the dtype to load it in")
         model.load_state_dict(weights, strict=False, assign=True)  # tied, one is not there
         model.tie()
         return model
@@ -351,8 +352,8 @@ class Llama(nn.Module):
 
 
 def refuse(path: Path, reason: str) -> NoReturn:
-    """Raise CheckpointError: `path` cannot be used, and why."""
-    raise lesson.CheckpointError(f"{path} {reason}")
+    """Raise CheckpointError: `path` cannot be used, and why, in one line whatever it holds."""
+    raise lesson.CheckpointError(f"{path} {' '.join(reason.split())[:300]}")
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -360,7 +361,7 @@ def read_config(path: Path) -> LlamaConfig:
     try:
         stored = msgspec.json.decode(path.read_bytes(), type=dict)
         if stored.get("model_type") != "llama":
-            refuse(path, f"describes a {stored.get('model_type')}, not a llama")
+            refuse(path, f"describes {stored.get('model_type', 'no type of model')}, not llama")
         # transformers 5 keeps both in rope_parameters, transformers 4 and Meta's own files do not.
         rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
         rope = msgspec.convert(rope, dict)
@@ -382,7 +383,11 @@ def read_config(path: Path) -> LlamaConfig:
         refuse(path, "does not exist; a Llama's folder has config.json and model.safetensors")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         refuse(path, f"is no configuration of a Llama: {error}")
-    if config.num_attention_heads % config.num_key_value_heads or config.head_size % 2:
+    if (
+        config.num_attention_heads % config.num_key_value_heads
+        or config.head_size % 2
+        or config.head_size == 0
+    ):
         heads = f"{config.num_attention_heads} heads of {config.head_size}"
         refuse(path, f"divides {heads} over {config.num_key_value_heads}, which does not come out")
     return config
@@ -666,34 +671,39 @@ def gathered(model: Llama) -> Llama:
     return whole
 
 
-def learn(
-    text: torch.Tensor, steps: int, seed: int, device: torch.device, group: distributed.Group | None
-) -> tuple[Llama, list[float]]:
-    """Train the miniature on all but the last part of `text`; return it and its losses.
+def parts(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is trained on, and the rest, which is held out."""
+    cut = len(text) - len(text) // HELD_OUT
+    return text[:cut], text[cut:]
 
-    Raises ClaimError where, after STEPS or more, it does not know the rest better than a bigram.
-    """
-    rest = len(text) // HELD_OUT
+
+def learn(
+    steps: int, seed: int, device: torch.device, group: distributed.Group | None
+) -> tuple[Llama, list[float]]:
+    """Train the miniature on all but the last part of the text; return it and its losses."""
     torch.manual_seed(seed)
     model = Llama(MINIATURE).to(device)
     print(f"\n  The lesson's train(), {steps} steps of {BATCH} x {CONTEXT} bytes on {device}:")
-    start = time.perf_counter()
     if group:
         distributed.divide(model, model.model.layers, group)
-    losses = train_llama(model, text[:-rest], steps, seed, group)
-    seconds = time.perf_counter() - start
-    if group:
-        model = gathered(model)
-    rate = f"{steps * BATCH * CONTEXT / seconds:,.0f} bytes a second"
-    lesson.show("trained in", f"{seconds:.0f} s, {rate}")
-    loss, (_, bigram) = held_out_loss(model, text[-rest:]), entropies(text[-rest:])
+    known, _ = parts(library_text())
+    losses = train_llama(model, known, steps, seed, group)
+    return gathered(model) if group else model, losses
+
+
+def judge(model: Llama, steps: int) -> None:
+    """Print how well `model` knows the text that was held out, and how well a bigram could.
+
+    Raises ClaimError where, after STEPS or more, it does not know that better.
+    """
+    _, rest = parts(library_text())
+    loss, (_, bigram) = held_out_loss(model, rest), entropies(rest)
     lesson.show("entropy of what is held out", f"{bigram:.4f} nats after the byte before")
     measured = f"{loss:.4f} nats a byte"
     if steps >= STEPS:
         lesson.check("held out, well below a bigram", measured, loss < 0.75 * bigram)
     else:
-        lesson.show("held out", measured)
-    return model, losses
+        lesson.show(f"held out, after {steps} steps", measured)
 
 
 # %% What the cache saves, and what a Llama costs
@@ -806,7 +816,7 @@ def draw(
     curve.set(title="Training on Python's language reference", xlabel="step", ylabel="nats a byte")
     curve.plot(range(1, len(losses) + 1), losses, color=blue, lw=0.8)
     for entropy, name in zip(
-        entropies(text), ("a byte", "a byte, the last one known"), strict=True
+        entropies(text), ("a byte", "a byte, after the one before"), strict=True
     ):
         curve.axhline(entropy, color=grey, ls=":")
         curve.text(len(losses), entropy, f"entropy of {name}", color=grey, ha="right", va="bottom")
@@ -816,6 +826,7 @@ def draw(
     for (name, seconds), color in zip(times.items(), (blue, red), strict=True):
         growth.plot(LENGTHS, [each * 1000 for each in seconds], "o-", color=color, label=name)
     growth.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    growth.yaxis.set_major_formatter("{x:g}")
     growth.minorticks_off()
     growth.legend(frameon=False)
     for axes in (curve, growth):
@@ -831,6 +842,11 @@ def encoded(text: str) -> torch.Tensor:
     return torch.tensor([list(text.encode())])
 
 
+def printable(text: str) -> str:
+    """Return `text` with a dot for what would steer a terminal."""
+    return "".join(each if each in "\n\t" or each.isprintable() else "." for each in text)
+
+
 def write_on(
     model: Llama, tokenizer: tokenizers.Tokenizer | None, chosen: argparse.Namespace
 ) -> None:
@@ -844,18 +860,19 @@ def write_on(
     if prompt.numel() == 0 or prompt.max() >= model.config.vocab_size:
         raise lesson.ClaimError("the prompt has no token, or one that the network does not know")
     tokens = prompt[0].tolist()
-    said = chosen.prompt if tokenizer is None else tokenizer.decode(tokens)
-    print(said, end="", flush=True)
-    text = said
-    for token in generate(model, prompt.to(device), chosen.tokens, **sampling):
-        if token.item() in ends:
-            break
-        tokens.append(token.item())
-        text = tokenizer.decode(tokens) if tokenizer else bytes(tokens).decode(errors="replace")
-        if not text.endswith("\ufffd"):  # the rest of a character is still to come
-            print(text[len(said) :], end="", flush=True)
-            said = text
-    print(text[len(said) :])
+    text = said = chosen.prompt if tokenizer is None else tokenizer.decode(tokens)
+    print(printable(said), end="", flush=True)
+    try:
+        for token in generate(model, prompt.to(device), chosen.tokens, **sampling):
+            if token.item() in ends:
+                break
+            tokens.append(token.item())
+            text = tokenizer.decode(tokens) if tokenizer else bytes(tokens).decode(errors="replace")
+            if not text.endswith("\ufffd"):  # the rest of a character is still to come
+                print(printable(text[len(said) :]), end="", flush=True)
+                said = text
+    finally:
+        print(printable(text[len(said) :]))
 
 
 def of_hugging_face(
@@ -880,9 +897,9 @@ def sample(model: Llama, seed: int) -> None:
     """Print what `model` writes after "The "."""
     prompt = encoded("The ").to(model.lm_head.weight.device)
     tokens = generate(model, prompt, 240, temperature=0.8, seed=seed)
-    codes = (token.item() for token in tokens)
-    text = "".join(chr(code) if code == 10 or 32 <= code < 127 else "." for code in codes)
-    for line in f"The {text}".split("\n"):
+    text = bytes(token.item() for token in tokens).decode("ascii", errors="replace")
+    text = printable(f"The {text}").translate({0xFFFD: ".", ord("\t"): "."})
+    for line in text.split("\n"):
         for start in range(0, max(1, len(line)), 72):
             print(f"    | {line[start : start + 72]}")
 
@@ -890,26 +907,40 @@ def sample(model: Llama, seed: int) -> None:
 def network(
     chosen: argparse.Namespace, group: distributed.Group | None = None
 ) -> tuple[Llama, list[float]]:
-    """Return the network that an earlier run left, or train it and leave it; and its losses if so.
+    """Return the network that an earlier run left, or train it and leave it; and its losses.
 
     Raises CheckpointError where there is none and none is to be trained.
     """
-    folder, device = chosen.output / "llama", group.device if group else chosen.device
-    kept = (folder / "config.json").exists()
-    if chosen.train or (chosen.train is None and not kept):
+    folder = chosen.output / ("llama-divided" if group else "llama")
+    kept, steps = (folder / "config.json").exists(), chosen.steps or STEPS
+    if group or chosen.train or (chosen.train is None and not kept):
         writable(folder)
-        model, losses = learn(library_text(), chosen.steps, chosen.seed, device, group)
+        start = time.perf_counter()
+        model, losses = learn(steps, chosen.seed, group.device if group else chosen.device, group)
+        seconds = time.perf_counter() - start
         if group is None or group.rank == 0:
             model.save_pretrained(folder)
-            lesson.show("saved, as Hugging Face does", f"{shown(folder)}/")
+            write_whole(folder / "losses.json", lambda path: path.write_text(json.dumps(losses)))
+        rate = f"{steps * BATCH * CONTEXT / seconds:,.0f} bytes a second"
+        lesson.show("trained in", f"{seconds:.0f} s, {rate}")
+        lesson.show("saved, as Hugging Face does", f"{shown(folder)}/")
         return model, losses
     if not kept:
         refuse(shown(folder), "holds no network; without --no-train one is trained there")
-    lesson.show("trained by an earlier run", f"{shown(folder)}/; --train trains another")
-    model = Llama.from_pretrained(folder, device, torch.float32)
+    if chosen.steps:
+        refuse(shown(folder), "holds a network already; with --steps goes --train, for another")
+    lesson.show("kept; --train trains another", f"{shown(folder)}/")
+    model = Llama.from_pretrained(folder, chosen.device, torch.float32)
     if model.config.vocab_size != 256:
         refuse(shown(folder), "holds a network whose tokens are not bytes; --train trains another")
-    return model, []
+    path = folder / "losses.json"
+    try:
+        losses = msgspec.json.decode(path.read_bytes(), type=list[float])
+    except FileNotFoundError:  # it came from elsewhere
+        losses = []
+    except msgspec.MsgspecError:
+        refuse(shown(path), "is no list of losses; delete it")
+    return model, losses
 
 
 QUOTE = "from a two-layer classifier to a 70-billion-parameter language model"
@@ -930,11 +961,12 @@ def page(chosen: argparse.Namespace) -> None:
     torch.manual_seed(chosen.seed)
     sample(Llama(MINIATURE).to(chosen.device), chosen.seed)
     model, losses = network(chosen)
+    judge(model, chosen.steps or STEPS)
     print("\n  And then:")
     sample(model, chosen.seed)
     times = compare_cache(model)
     compare_sizes(model)
-    if losses and not chosen.no_figure:
+    if not chosen.no_figure:
         path = chosen.output / "llama.png"
         draw(path, text, losses, times)
         print()
@@ -947,16 +979,16 @@ FIRST = 20
 def divided_page(chosen: argparse.Namespace) -> None:
     """Train on all the processes of torchrun, each with a part of every weight and every batch."""
     torch.set_num_threads(1)  # the processes share the cores
-    facts = {"seed": chosen.seed, "steps": chosen.steps}
+    steps = chosen.steps or STEPS
+    facts = {"seed": chosen.seed, "steps": steps}
     with distributed.together(facts, "auto", chosen.device, seconds=60) as group:
-        chosen.train = True  # what an earlier run left is another run's losses
         lesson.heading(f"Llama 3 in miniature, divided over {group.world}", QUOTE)
-        _, losses = network(chosen, group)
+        model, losses = network(chosen, group)
         if group.rank == 0:
+            judge(model, steps)
             torch.manual_seed(chosen.seed)
-            alone = Llama(MINIATURE).to(group.device)
-            known = library_text()[: -(len(library_text()) // HELD_OUT)]
-            one = train_llama(alone, known, chosen.steps, chosen.seed, first=FIRST)
+            alone, (known, _) = Llama(MINIATURE).to(group.device), parts(library_text())
+            one = train_llama(alone, known, steps, chosen.seed, first=FIRST)
             apart = max(abs(a - b) for a, b in zip(losses, one, strict=False))
             claim = f"first {len(one)} losses, one process"
             lesson.check(claim, f"differ by {apart:.0e}", apart <= 1e-4)
@@ -998,20 +1030,24 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     many = functools.partial(lesson.whole_number, least=1, most=1_000_000)
     steps = functools.partial(lesson.whole_number, least=20)
     add("--prompt", metavar="TEXT", type=some_text, help="go on from this text, and nothing else")
-    add("--tokens", metavar="N", type=many, default=300, help="to write (default: 300)")
-    add("--temperature", metavar="T", type=heat, default=0.8, help="0 takes the likeliest (0.8)")
-    add("--top-k", metavar="K", type=positive, help="draw from the K likeliest (default: all)")
+    add("--tokens", metavar="N", type=many, help="how many to write (300)")
+    add("--temperature", metavar="T", type=heat, help="0 always takes the likeliest (0.8)")
+    add("--top-k", metavar="K", type=positive, help="draw from the K likeliest (all)")
     share = functools.partial(number, least=0, most=1)
-    add("--top-p", metavar="P", type=share, default=1.0, help="that hold this share (default: 1)")
-    add("--steps", metavar="N", type=steps, default=STEPS, help=f"of training (default: {STEPS})")
-    kept = {"action": argparse.BooleanOptionalAction, "default": None}
-    add("--train", help="anew, or never (default: if there is no network yet)", **kept)
+    add("--top-p", metavar="P", type=share, help="draw from the likeliest that make up P (1)")
     add("--weights", metavar="DIR", type=Path, help="go on with a Llama of Hugging Face's instead")
+    add("--steps", metavar="N", type=steps, help=f"of training ({STEPS})")
+    kept = {"action": argparse.BooleanOptionalAction, "default": None}
+    add("--train", help="anew, or never (if there is no network yet)", **kept)
     chosen = made.parse_args(argv)
-    if chosen.weights and chosen.prompt is None:
-        made.error("argument --weights: needs --prompt, the text to go on from")
-    if chosen.train is False and "RANK" in os.environ:
-        made.error("argument --no-train: torchrun is for training")
+    only_with(made, chosen, "prompt", tokens=300, temperature=0.8, top_k=None, top_p=1.0)
+    only_with(made, chosen, "prompt", weights=None)
+    if "RANK" in os.environ:
+        alone = {"--prompt": chosen.prompt is not None, "--no-train": chosen.train is False}
+        for name in (name for name, given in alone.items() if given):
+            made.error(f"argument {name}: torchrun is for training")
+        if int(os.environ["WORLD_SIZE"]) > BATCH:
+            made.error(f"torchrun: {BATCH} processes at the most, for a batch has {BATCH} rows")
     return chosen
 
 

@@ -269,21 +269,50 @@ def autograph_calls() -> dict[str, str]:
     }
 
 
+def keras_narrow() -> tuple[keras.Model, list[int]]:
+    """Return a layer in Keras whose width follows the data, and a list: an item for every run."""
+    tf = tensorflow()
+    from keras import Model
+
+    traced = []
+
+    class Narrow(Model):
+        def build(self, shape: tuple) -> None:
+            self.table = self.add_weight(shape=(8, 2))
+
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            traced.append(x.shape[1])
+            return x @ self.table[: tf.shape(x)[1]]
+
+    model = Narrow()
+    model(tf.zeros((8, 4)))
+    model.compile("adam", "mse")
+    traced.clear()
+    return model, traced
+
+
 def compare_shapes() -> None:
-    """Call a function with batches of other sizes; count what is traced or compiled anew."""
+    """Give a layer batches of other sizes and widths; count what is traced or compiled anew."""
     tf = tensorflow()
     shapes = ((8, 4), (16, 4), (32, 4), (8, 6), (8, 7), (8, 4))
-    static = tf.function(lambda x: x * 2)
-    relaxed = tf.function(lambda x: x * 2, reduce_retracing=True)
-    print("\n  Six batches, of five sizes and widths:")
+    table, same = torch.ones(8, 2), tf.ones((8, 2))
+
+    def narrow(x: tf.Tensor) -> tf.Tensor:
+        return x @ same[: tf.shape(x)[1]]  # x.shape, at tracing, does not know a size left open
+
+    static, relaxed = tf.function(narrow), tf.function(narrow, reduce_retracing=True)
+    model, traced = keras_narrow()
+    print("\n  A layer whose width follows the data, and six batches, of five sizes and widths:")
     with counted_graphs() as (backend, graphs), quiet():  # TensorFlow warns of so much tracing
-        compiled = torch.compile(lambda x: x * 2, backend=backend)
+        compiled = torch.compile(lambda x: x @ table[: x.shape[1]], backend=backend)
         for shape in shapes:
             static(tf.zeros(shape))
             relaxed(tf.zeros(shape))
             compiled(torch.zeros(shape))
+            model.fit(tf.zeros(shape), tf.zeros((shape[0], 2)), shape[0], verbose=0)
     lesson.show("@tf.function", f"{static.experimental_get_tracing_count()} graphs")
     lesson.show("  with reduce_retracing", f"{relaxed.experimental_get_tracing_count()} graphs")
+    lesson.show("Keras, fit()", f"Python ran {len(traced)} times, which leaves sizes open too")
     lesson.show("torch.compile", f"{len(graphs)} graphs: a size that changes is then left open")
     lesson.show("PyTorch and TensorFlow, eager", "nothing to do again")
 

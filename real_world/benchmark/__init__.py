@@ -110,15 +110,25 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def plain_table(results: dict[str, Any]) -> str:
-    """Return a table of ways, their time, and its ratio to that of the first."""
+def plain_table(results: dict[str, Any], unit: str = "") -> str:
+    """Return a table of ways: their time, its ratio to that of the first, how many units a second.
+
+    Without a unit, of what is timed, it has no column for the last.
+    """
+    header = ("", "takes", "against the first", *([f"{unit} a second"] if unit else []))
     rows = []
     for what, ways in results.items():
         base = next(iter(ways.values()))["median"]
         for name, measured in ways.items():
             ratio = f"{measured['median'] / base:.2f} x"
-            rows.append((f"{what}: {name}", scaled(measured, base), ratio))
-    return markdown(("", "takes", "against the first"), rows)
+            row = (
+                f"{what}: {name}",
+                scaled(measured, base),
+                ratio,
+                f"{1 / measured['median']:,.0f}",
+            )
+            rows.append(row[: len(header)])
+    return markdown(header, rows)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,13 @@ WIDTHS = (16, 64, 256, 1024, 4096)
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 PROCESSES = (1, 2, 4)
 
+TITLES = {
+    "samples": "The lesson's network",
+    "hidden width": "1,000 samples of 64 features",
+    "bytes of text": "The Llama, on one text",
+    "processes": "A wide network on 4,096 samples",
+}
+
 Growth = dict[str, dict[str, dict[str, float]]]
 """By way, and by how much of the work there is: the seconds of a step, and their spread."""
 
@@ -133,8 +140,13 @@ def chart(results: dict[str, Any], path: Path) -> None:
             else:
                 line = [last["median"] * 1000 * amount / much[-1] for amount in much]
             axes.plot(much, line, ":", color=GREY, label="in proportion", zorder=0)
-            axes.set(xlabel=what, xscale="log", yscale="log")
-            axes.set_xticks(much, [f"{m:,}" for m in much])
+            axes.set(title=TITLES[what], xlabel=what)
+            if what == "processes":
+                axes.set_ylim(0)
+            else:
+                axes.set(xscale="log", yscale="log")
+                axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_xticks(much, [f"{amount:,}" for amount in much])
             axes.minorticks_off()
             axes.legend(frameon=False)
         panels[0].set_ylabel("ms a step")

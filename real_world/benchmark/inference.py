@@ -138,6 +138,8 @@ def table(results: dict[str, Any]) -> str:
 
 def chart(results: dict[str, Any], path: Path) -> None:
     """Draw the time of a call by the rows in it, for both networks, as a PNG."""
+    from matplotlib.ticker import LogLocator
+
     with drawing(path, 12, 4.5, columns=2) as panels:
         for axes, (size, forms) in zip(panels, results.items(), strict=True):
             for name, by in forms.items():
@@ -148,9 +150,11 @@ def chart(results: dict[str, Any], path: Path) -> None:
             title = f"{size[0].upper()}{size[1:]} network: {features}, {hidden:,}, {classes}"
             axes.set(title=title, xlabel="rows in a call", xscale="log", yscale="log")
             axes.set_xticks(BATCHES, [f"{many:,}" for many in BATCHES])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.minorticks_off()
         panels[0].set_ylabel("microseconds a call")
-        panels[0].legend(frameon=False)
+        panels[1].legend(frameon=False)
 
 
 ENTRY = Entry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 import lesson_code as lesson
 from real_world import Batches, llama
-from real_world.benchmark import Entry, alternate, ratios
+from real_world.benchmark import Entry, alternate, plain_table, ratios
 
 
 class Logits(nn.Module):
@@ -70,4 +71,9 @@ def headline(results: dict[str, Any]) -> str:
     return f"{trained}, writing at {times['generation']:.1f} times"
 
 
-ENTRY = Entry("a 70-billion-parameter language model", measure, headline)
+ENTRY = Entry(
+    "a 70-billion-parameter language model",
+    measure,
+    headline,
+    functools.partial(plain_table, unit="tokens"),
+)

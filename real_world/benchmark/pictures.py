@@ -11,7 +11,7 @@ import torch
 
 import lesson_code as lesson
 from real_world import stable_diffusion
-from real_world.benchmark import Entry, alternate, ratios
+from real_world.benchmark import Entry, alternate, plain_table, ratios
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -59,4 +59,9 @@ def headline(results: dict[str, Any]) -> str:
     return f"{ratio:.2f} times as fast as by `diffusers`' scheduler"
 
 
-ENTRY = Entry("Stability AI's Stable Diffusion fine-tuning pipelines", measure, headline)
+ENTRY = Entry(
+    "Stability AI's Stable Diffusion fine-tuning pipelines",
+    measure,
+    headline,
+    functools.partial(plain_table, unit="images"),
+)

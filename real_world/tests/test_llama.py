@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import textwrap
@@ -164,6 +165,20 @@ def test_a_config_json_as_meta_published_it_is_read(tmp_path):
     assert llama.read_config(tmp_path / "config.json") == llama.HERD["Llama 3.1 8B"]
 
 
+def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path):
+    from transformers import LlamaConfig as TheirConfig
+
+    content = msgspec.to_builtins(SMALL) | {"model_type": "llama"}
+    for name in ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "head_dim"):
+        del content[name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    theirs = TheirConfig.from_pretrained(tmp_path)
+    ours = llama.read_config(tmp_path / "config.json")
+    assert ours.rms_norm_eps == theirs.rms_norm_eps == 1e-6
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 10_000
+    assert (ours.tie_word_embeddings, ours.head_size) == (False, theirs.head_dim)
+
+
 def test_what_older_files_repeat_is_not_read(tmp_path):
     """An output that is tied to the embedding, and the frequencies of the rotary embedding."""
     model = small(tie_word_embeddings=True)
@@ -198,6 +213,15 @@ def as_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def in_two_files(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "a.safetensors")
+    save_file({NORM: weights[NORM]}, folder / "b.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "a.safetensors") | {"x": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def with_index(content: object):
     def damage(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -227,7 +251,7 @@ NORM = "model.norm.weight"
         (lambda f: os.truncate(f / "model.safetensors", 3), "is torn, or no safetensors file"),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist; a Llama's folder"),
         (lambda f: (f / "config.json").write_text("{"), "is no configuration of a Llama: "),
-        (lambda f: altered(f, model_type="mistral"), "describes a mistral, not a llama"),
+        (lambda f: altered(f, model_type="mistral"), "describes mistral, not llama"),
         (lambda f: altered(f, hidden_size="32"), "Expected `int`, got `str` - at `$.hidden_size`"),
         (lambda f: altered(f, hidden_size=-1), "Expected `int` >= 1 - at `$.hidden_size`"),
         (lambda f: altered(f, hidden_size="gone"), "missing required field `hidden_size`"),
@@ -250,7 +274,10 @@ NORM = "model.norm.weight"
         ),
         (lambda f: altered(f, rope_scaling="linear"), "Expected `object`, got `str`"),
         (lambda f: altered(f, rope_theta=0), "Expected `float` > 0.0 - at `$.rope_theta`"),
-        (lambda f: altered(f, vocab_size=10**18), "Expected `int` <= 2147483648"),
+        (lambda f: altered(f, vocab_size=2**31), "Expected `int` <= 1048576"),
+        (lambda f: altered(f, num_attention_heads=64, head_dim=None), "divides 64 heads of 0"),
+        (lambda f: altered(f, model_type="a\nb"), "describes a b, not llama"),
+        (lambda f: altered(f, model_type="gone"), "describes no type of model, not llama"),
         (lambda f: altered(f, mlp_bias=True), "has mlp_bias True; Llama 3 has False"),
         (lambda f: altered(f, head_dim=7), "divides 4 heads of 7 over 2, which does not come out"),
         (lambda f: altered(f, quantization_config={"bits": 4}), "has quantization_config"),
@@ -265,6 +292,7 @@ NORM = "model.norm.weight"
         ),
         (with_index({"weight_map": {NORM: "../x.safetensors"}}), "which is no file beside it"),
         (with_index({"weight_map": {NORM: "x.safetensors"}}), "names x.safetensors, which is no"),
+        (in_two_files, f"holds {NORM}, which another file holds too"),
         (with_index({"weight": 1}), "is no index of safetensors files"),
         (with_index([1]), "is no index of safetensors files"),
     ],
@@ -276,6 +304,7 @@ def test_a_folder_that_is_not_whole_or_not_a_llama_gets_a_sentence(damage, sente
         llama.Llama.from_pretrained(tmp_path)
     assert str(refused.value).startswith(str(tmp_path))
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400
 
 
 def test_loading_holds_one_copy_of_the_weights(tmp_path):
@@ -340,6 +369,22 @@ def test_a_seed_draws_the_same_and_another_seed_something_else():
     assert drawn(temperature=1.0, top_k=1000, seed=1) == drawn(temperature=1.0, seed=1)
 
 
+def test_every_row_of_a_batch_is_drawn_for_itself():
+    model, prompts = small(), torch.tensor([[1, 2, 3]] * 4)
+    drawn = torch.stack(list(llama.generate(model, prompts, 10, temperature=1.0)), dim=1)
+    assert drawn.shape == (4, 10)
+    assert len({tuple(row) for row in drawn.tolist()}) == 4
+
+
+def test_after_a_prompt_tokens_come_one_at_a_time():
+    model = small()
+    caches = [llama.Cache(SMALL, 1, 20, model.lm_head.weight) for _ in range(2)]
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), caches)
+        with pytest.raises(ValueError, match="tokens come one at a time"):
+            model(torch.tensor([[4, 5]]), caches)
+
+
 def test_the_cache_computes_every_token_once():
     model, seen = small(), []
     model.model.embed_tokens.register_forward_hook(lambda module, x, y: seen.append(x[0].shape[1]))
@@ -388,12 +433,37 @@ def test_a_short_training_learns_more_than_a_byte_alone_tells(tmp_path, capsys):
     lines = (line for line in printed.splitlines() if str(tmp_path) not in line)
     assert max(map(len, lines)) <= 80
     assert matplotlib.image.imread(tmp_path / "llama.png").shape == (480, 1440, 4)
+    assert re.search(r"Llama 3.1 8B .* 131,072 B\n", printed)
+    rest = llama.library_text()[-len(llama.library_text()) // 10 :]
+    bigram = float(re.search(r"entropy of what is held out +(\S+) nats", printed)[1])
+    assert bigram == pytest.approx(llama.entropies(rest)[1], abs=2e-3)
+
+    assert llama.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
+    again = capsys.readouterr()
+    assert re.search(r"held out, well below a bigram +\S+ nats a byte +NOT SO\n", again.out)
+    assert llama.main([*options, "--prompt", "a"]) == 1
+    already = "holds a network already; with --steps goes --train, for another"
+    assert capsys.readouterr().err == f"llama: {tmp_path}/llama {already}\n"
+    model = llama.Llama.from_pretrained(tmp_path / "llama")
+    assert len(json.loads((tmp_path / "llama" / "losses.json").read_text())) == 150
+    assert oct((tmp_path / "llama" / "model.safetensors").stat().st_mode)[-3:] == "644"
+    model.bfloat16().save_pretrained(tmp_path / "half" / "llama")
+    chosen = llama.options(["--output", str(tmp_path / "half"), "--device", "cpu"])
+    kept, losses = llama.network(chosen)
+    assert (kept.lm_head.weight.dtype, losses) == (torch.float32, [])
+    (tmp_path / "half" / "llama" / "losses.json").write_text("[no")
+    with pytest.raises(lesson.CheckpointError, match=r"losses\.json is no list of losses"):
+        llama.network(chosen)
+    small().save_pretrained(tmp_path / "half" / "llama")
+    with pytest.raises(lesson.CheckpointError, match="a network whose tokens are not bytes"):
+        llama.network(chosen)
+    capsys.readouterr()
 
     on = ["--device", "cpu", "--output", str(tmp_path), "--no-train", "--prompt", "The é"]
     said = []
     for seed in ("1", "1", "2"):
         assert llama.main([*on, "--tokens", "40", "--seed", seed]) == 0
-        said.append(capsys.readouterr().out.split("another\n")[1])
+        said.append(capsys.readouterr().out.split(f"{tmp_path}/llama/\n")[1])
     assert all(each.startswith("The é") for each in said)
     assert said[0] == said[1] != said[2]
     assert not list(tmp_path.glob("**/.*"))
@@ -422,7 +492,7 @@ def test_divided_over_two_it_has_the_same_losses(tmp_path):
     assert len(losses) == 10
     for theirs, ours in zip(losses, alone, strict=True):
         assert float(theirs) == pytest.approx(float(ours), abs=2e-3)
-    whole = llama.Llama.from_pretrained(tmp_path / "two" / "llama")
+    whole = llama.Llama.from_pretrained(tmp_path / "two" / "llama-divided")
     assert sum(w.numel() for w in whole.parameters()) == llama.parameter_count(llama.MINIATURE)
 
 
@@ -465,7 +535,8 @@ def test_costs_follow_from_the_configuration():
         ("--top-p=1.5", "argument --top-p: '1.5' is not a number from 0 to 1"),
         ("--top-k=0", "argument --top-k: '0' is not a whole number from 1 to 4294967295"),
         ("--steps=19", "argument --steps: '19' is not a whole number from 20 to 4294967295"),
-        ("--weights=x", "argument --weights: needs --prompt, the text to go on from"),
+        ("--weights=x", "argument --weights: belongs to --prompt"),
+        ("--tokens=3", "argument --tokens: belongs to --prompt"),
     ],
 )
 def test_a_wrong_option_gets_a_sentence(options, sentence, capsys):
@@ -475,11 +546,20 @@ def test_a_wrong_option_gets_a_sentence(options, sentence, capsys):
     assert capsys.readouterr().err == f"llama: {sentence}\n"
 
 
-def test_torchrun_is_for_training(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("world", "options", "sentence"),
+    [
+        ("2", ["--no-train"], "argument --no-train: torchrun is for training"),
+        ("2", ["--prompt", "a"], "argument --prompt: torchrun is for training"),
+        ("9", [], "torchrun: 8 processes at the most, for a batch has 8 rows"),
+    ],
+)
+def test_what_torchrun_cannot_do_gets_a_sentence(world, options, sentence, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(SystemExit):
-        llama.main(["--no-train"])
-    assert capsys.readouterr().err == "llama: argument --no-train: torchrun is for training\n"
+        llama.main(options)
+    assert capsys.readouterr().err == f"llama: {sentence}\n"
 
 
 def test_no_paragraph_of_the_text_stands_in_it_twice():
@@ -499,6 +579,45 @@ def test_what_is_not_there_gets_a_sentence(tmp_path, capsys):
     assert capsys.readouterr().err == f"llama: {lacks}\n"
 
 
+def test_a_token_that_the_network_does_not_know_gets_a_sentence(tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 50}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    small().save_pretrained(tmp_path)
+    reason = "the prompt has no token, or one that the network does not know"
+    for prompt in ("b", " "):
+        assert llama.main(["--weights", str(tmp_path), "--prompt", prompt]) == 1
+        assert capsys.readouterr().err == f"llama: {reason}\n"
+
+
+class Saying(torch.nn.Module):
+    """Says given bytes one after another, whatever it hears."""
+
+    def __init__(self, said: bytes) -> None:
+        super().__init__()
+        self.config = msgspec.structs.replace(SMALL, vocab_size=256)
+        self.lm_head = torch.nn.Linear(1, 1)
+        self.lm_head.forward = lambda x: x
+        self.said = iter(said)
+
+    def model(self, tokens: torch.Tensor, caches: object) -> torch.Tensor:
+        logits = torch.zeros(1, 1, 256)
+        logits[0, 0, next(self.said)] = 100.0
+        return logits
+
+
+def test_what_is_written_is_whole_characters_that_steer_no_terminal(capsys):
+    said = "né\x1b[2J€\n".encode()
+    chosen = llama.options(["--prompt", "A", "--tokens", str(len(said)), "--temperature", "0"])
+    llama.write_on(Saying(said), None, chosen)
+    assert capsys.readouterr().out == "Ané.[2J€\n\n"
+    chosen.tokens = 2  # in the midst of a character
+    llama.write_on(Saying(said), None, chosen)
+    assert capsys.readouterr().out == "An\ufffd\n"
+
+
 def test_a_tokenizer_that_cannot_be_read_gets_a_sentence(tmp_path, capsys):
     small().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -512,8 +631,13 @@ def test_what_cannot_be_written_gets_a_sentence_and_leaves_nothing(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         small().save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"gone/x could not be written: .*No such file"):
-        write_tensors(tmp_path / "gone" / "x", {"a": torch.ones(1)})
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, largest[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError, match=r"x could not be written: .*File too large"):
+            write_tensors(tmp_path / "x", {"a": torch.ones(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, largest)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -524,7 +648,8 @@ def test_weights_that_are_no_numbers_get_a_sentence(tmp_path, capsys):
     model.save_pretrained(tmp_path)
     assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     reason = "the network answers with no numbers: its weights are not finite"
-    assert capsys.readouterr().err == f"llama: {reason}\n"
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a\n", f"llama: {reason}\n")
 
 
 def test_far_tokens_are_rotated_in_float32_whatever_the_weights_are_in():
