@@ -946,11 +946,16 @@ def network(
 QUOTE = "from a two-layer classifier to a 70-billion-parameter language model"
 
 
-def page(chosen: argparse.Namespace) -> None:
-    """Show that the network is Llama's, train it, and measure what it does and costs."""
-    lesson.heading("Llama 3 in miniature", QUOTE)
+def introduce(title: str) -> None:
+    """Print the heading, and how large the network is."""
+    lesson.heading(title, QUOTE)
     count = f"{parameter_count(MINIATURE):,} parameters, {MINIATURE.num_hidden_layers} layers"
     lesson.show("this one", count)
+
+
+def page(chosen: argparse.Namespace) -> None:
+    """Show that the network is Llama's, train it, and measure what it does and costs."""
+    introduce("Llama 3 in miniature")
     compare_with_transformers()
     text = library_text()
     alone, after_one = entropies(text)
@@ -982,7 +987,7 @@ def divided_page(chosen: argparse.Namespace) -> None:
     steps = chosen.steps or STEPS
     facts = {"seed": chosen.seed, "steps": steps}
     with distributed.together(facts, "auto", chosen.device, seconds=60) as group:
-        lesson.heading(f"Llama 3 in miniature, divided over {group.world}", QUOTE)
+        introduce(f"Llama 3 in miniature, divided over {group.world}")
         model, losses = network(chosen, group)
         if group.rank == 0:
             judge(model, steps)
