@@ -23,6 +23,7 @@ from real_world.benchmark import (
 )
 from real_world.benchmark.scaling import seconds_of_a_step
 from real_world.benchmark.step import Size, steps_by_way
+from real_world.llama import training
 
 WAYS = ("train()", "NumPy, by hand")
 SAMPLES = (100, 1_000, 10_000, 100_000)
@@ -54,9 +55,9 @@ def by_length(rounds: int, lengths: tuple[int, ...]) -> Growth:
     optimizer = torch.optim.AdamW(model.parameters())
 
     def seconds(length: int) -> float:
-        X, y = llama.windows(llama.library_text(), 1, length, seed=0)()
+        X, y = training.windows(llama.library_text(), 1, length, seed=0)()
         start = time.perf_counter()
-        named = {"criterion": llama.next_token_loss, "optimizer": optimizer, "epochs": 5}
+        named = {"criterion": training.next_token_loss, "optimizer": optimizer, "epochs": 5}
         lesson.train(model, X, y, **named)
         return (time.perf_counter() - start) / 5
 

@@ -14,6 +14,7 @@ from torch import nn
 import lesson_code as lesson
 from real_world import Batches, llama
 from real_world.benchmark import Entry, alternate, plain_table, ratios
+from real_world.llama import proofs, training
 
 
 class Logits(nn.Module):
@@ -33,19 +34,19 @@ def measure(quick: bool) -> dict[str, Any]:
     rounds = 1 if quick else 7
     torch.manual_seed(0)
     model = llama.Llama(llama.MINIATURE)
-    twin = llama.hugging_face_twin(model)
+    twin = proofs.hugging_face_twin(model)
     text, steps, count = llama.library_text(), 10, 256
-    prompt = llama.encoded("The with statement is")
+    prompt = training.encoded("The with statement is")
 
-    def training(network: nn.Module) -> float:
+    def learning(network: nn.Module) -> float:
         network = copy.deepcopy(network)
         optimizer = torch.optim.AdamW(network.parameters())
-        draw = llama.windows(text, llama.BATCH, llama.CONTEXT, 0)
+        draw = training.windows(text, training.BATCH, training.CONTEXT, 0)
         batches = Batches("", draw, steps)
-        named = {"criterion": llama.next_token_loss, "optimizer": optimizer, "on_epoch": batches}
+        named = {"criterion": training.next_token_loss, "optimizer": optimizer, "on_epoch": batches}
         start = time.perf_counter()
         lesson.train(network, batches.X, batches.y, epochs=steps, **named)
-        return (time.perf_counter() - start) / (steps * llama.BATCH * llama.CONTEXT)
+        return (time.perf_counter() - start) / (steps * training.BATCH * training.CONTEXT)
 
     def writing(write: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -58,7 +59,7 @@ def measure(quick: bool) -> dict[str, Any]:
     def theirs() -> torch.Tensor:
         return twin.generate(prompt, max_new_tokens=count, do_sample=False)
 
-    ways = {"llama.py": lambda: training(model), "transformers": lambda: training(Logits(twin))}
+    ways = {"llama.py": lambda: learning(model), "transformers": lambda: learning(Logits(twin))}
     trained = alternate(ways, rounds, "language, training")
     ways = {"llama.py": lambda: writing(ours), "transformers": lambda: writing(theirs)}
     return {"training": trained, "generation": alternate(ways, rounds, "language, generation")}

@@ -16,6 +16,7 @@ import lesson_code as lesson
 from real_world import llama, stable_diffusion
 from real_world.benchmark import BLUE, Entry, drawing, markdown
 from real_world.digits import load_digits
+from real_world.llama import training
 
 
 def call_of_train(function: Callable) -> str:
@@ -51,7 +52,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "Llama": (
             model,
             llama.train_llama,
-            lambda: llama.train_llama(model, text, llama.STEPS // part, seed=0),
+            lambda: llama.train_llama(model, text, training.STEPS // part, seed=0),
         ),
         "Denoiser, of Stable Diffusion": (
             diffusion.denoiser,
@@ -62,9 +63,9 @@ def measure(quick: bool) -> dict[str, Any]:
         ),
     }
     results = {}
-    for name, (network, trainer, training) in runs.items():
+    for name, (network, trainer, train) in runs.items():
         start = time.perf_counter()
-        losses = training()
+        losses = train()
         results[name] = {
             "parameters": sum(weights.numel() for weights in network.parameters()),
             "line": call_of_train(trainer),

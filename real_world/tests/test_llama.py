@@ -19,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lesson_code as lesson
 from real_world import llama, write_tensors
+from real_world.llama import page, proofs, sizes, training
+from real_world.llama.model import rotate, rotation
+from real_world.llama.weights import read_config
 from real_world.tests.processes import ROOT, Run, torchrun
 
 PAGE = ["-m", "real_world.llama"]
@@ -63,9 +66,9 @@ def test_any_configuration_answers_and_learns_as_transformers_does(seed):
     with torch.no_grad():
         for weights in model.parameters():  # norms too, and more than 0.02
             weights += torch.randn(weights.shape, generator=draw) * 0.1
-    twin = llama.hugging_face_twin(model)
+    twin = proofs.hugging_face_twin(model)
     tokens = torch.randint(50, (choose(1, 3), choose(2, 20, 70)), generator=draw)
-    logits, gradients = llama.differences(model, twin, tokens)
+    logits, gradients = proofs.differences(model, twin, tokens)
     assert max(logits, gradients) <= 1e-5
     prompt = tokens[:, :2]
     theirs = twin.generate(prompt, max_new_tokens=20, do_sample=False)[:, 2:]
@@ -81,7 +84,7 @@ def test_in_bfloat16_it_answers_as_transformers_does_far_into_a_text():
             weights += torch.randn(weights.shape) * 0.2
     model.bfloat16()
     tokens = torch.randint(50, (1, 600))
-    twin = llama.hugging_face_twin(model)
+    twin = proofs.hugging_face_twin(model)
     with torch.no_grad():
         apart = (model(tokens) - twin(tokens).logits).float()
     assert apart.abs().mean() < 0.05  # rounding; with angles in bfloat16 it would be 0.2
@@ -89,11 +92,11 @@ def test_in_bfloat16_it_answers_as_transformers_does_far_into_a_text():
 
 def test_the_comparison_sees_a_network_that_is_not_the_same():
     model = small()
-    twin = llama.hugging_face_twin(model)
+    twin = proofs.hugging_face_twin(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] += 0.01
     tokens = torch.arange(40).reshape(2, 20)
-    assert min(llama.differences(model, twin, tokens)) > 1e-5
+    assert min(proofs.differences(model, twin, tokens)) > 1e-5
 
 
 def test_the_embedding_is_rotated_relative_to_the_other_token():
@@ -102,8 +105,7 @@ def test_the_embedding_is_rotated_relative_to_the_other_token():
 
     def product(first: int, second: int) -> torch.Tensor:
         turned = (
-            llama.rotate(x, llama.rotation(SMALL, at, 1, like=x))
-            for x, at in ((query, first), (key, second))
+            rotate(x, rotation(SMALL, at, 1, like=x)) for x, at in ((query, first), (key, second))
         )
         return (next(turned) * next(turned)).sum()
 
@@ -130,7 +132,7 @@ def test_weights_move_both_ways_without_renaming(tmp_path):
 
     tokens = torch.randint(50, (2, 20))
     for number, tied in enumerate((True, False)):
-        model = small(tie_word_embeddings=tied, rope_scaling=llama.LLAMA_3_1_SCALING)
+        model = small(tie_word_embeddings=tied, rope_scaling=sizes.LLAMA_3_1_SCALING)
         ours, theirs = tmp_path / f"ours{number}", tmp_path / f"theirs{number}"
         model.save_pretrained(ours)
         twin = LlamaForCausalLM.from_pretrained(ours)
@@ -146,7 +148,7 @@ def test_weights_move_both_ways_without_renaming(tmp_path):
 
 
 def test_several_files_and_another_dtype(tmp_path):
-    model = llama.hugging_face_twin(small())
+    model = proofs.hugging_face_twin(small())
     model.bfloat16().save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     stored = llama.Llama.from_pretrained(tmp_path)
@@ -162,7 +164,7 @@ def test_a_config_json_as_meta_published_it_is_read(tmp_path):
     content = msgspec.to_builtins(llama.HERD["Llama 3.1 8B"])
     content |= {"model_type": "llama", "torch_dtype": "bfloat16", "mlp_bias": False}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert llama.read_config(tmp_path / "config.json") == llama.HERD["Llama 3.1 8B"]
+    assert read_config(tmp_path / "config.json") == llama.HERD["Llama 3.1 8B"]
 
 
 def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path):
@@ -173,7 +175,7 @@ def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path):
         del content[name]
     (tmp_path / "config.json").write_text(json.dumps(content))
     theirs = TheirConfig.from_pretrained(tmp_path)
-    ours = llama.read_config(tmp_path / "config.json")
+    ours = read_config(tmp_path / "config.json")
     assert ours.rms_norm_eps == theirs.rms_norm_eps == 1e-6
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 10_000
     assert (ours.tie_word_embeddings, ours.head_size) == (False, theirs.head_dim)
@@ -400,17 +402,17 @@ def test_the_cache_computes_every_token_once():
 
 def test_entropies_of_texts_that_can_be_worked_out():
     coin = torch.tensor([0, 1] * 500, dtype=torch.uint8)
-    alone, after_one = llama.entropies(coin)
+    alone, after_one = training.entropies(coin)
     assert alone == pytest.approx(math.log(2))
     assert after_one == pytest.approx(0, abs=1e-5)
     torch.manual_seed(0)
     dice = torch.randint(6, (200_000,), dtype=torch.uint8)
-    assert llama.entropies(dice) == (pytest.approx(math.log(6), abs=1e-3),) * 2
+    assert training.entropies(dice) == (pytest.approx(math.log(6), abs=1e-3),) * 2
 
 
 def test_windows_pair_every_byte_with_the_next():
     text = torch.arange(100, dtype=torch.uint8)
-    draw = llama.windows(text, batch=16, length=20, seed=1)
+    draw = training.windows(text, batch=16, length=20, seed=1)
     starts = set()
     for _ in range(30):
         X, y = draw()
@@ -424,9 +426,9 @@ def test_windows_pair_every_byte_with_the_next():
 def test_a_short_training_learns_more_than_a_byte_alone_tells(tmp_path, capsys):
     """Through main: it trains, says so, keeps the network, and goes on with it the next time."""
     options = ["--device", "cpu", "--steps", "150", "--output", str(tmp_path)]
-    assert llama.main(options) == 0
+    assert page.main(options) == 0
     printed = capsys.readouterr().out
-    alone, _ = llama.entropies(llama.library_text())
+    alone, _ = training.entropies(llama.library_text())
     assert float(re.search(r"held out +(\S+) nats", printed)[1]) < alone - 0.5
     assert len(re.findall(r"^    step +\d+    loss \S+$", printed, re.MULTILINE)) == 10
     assert printed.count(" ok\n") == 9
@@ -436,33 +438,33 @@ def test_a_short_training_learns_more_than_a_byte_alone_tells(tmp_path, capsys):
     assert re.search(r"Llama 3.1 8B .* 131,072 B\n", printed)
     rest = llama.library_text()[-len(llama.library_text()) // 10 :]
     bigram = float(re.search(r"entropy of what is held out +(\S+) nats", printed)[1])
-    assert bigram == pytest.approx(llama.entropies(rest)[1], abs=2e-3)
+    assert bigram == pytest.approx(training.entropies(rest)[1], abs=2e-3)
 
-    assert llama.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert page.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
     again = capsys.readouterr()
     assert re.search(r"held out, well below a bigram +\S+ nats a byte +NOT SO\n", again.out)
-    assert llama.main([*options, "--prompt", "a"]) == 1
+    assert page.main([*options, "--prompt", "a"]) == 1
     already = "holds a network already; with --steps goes --train, for another"
     assert capsys.readouterr().err == f"llama: {tmp_path}/llama {already}\n"
     model = llama.Llama.from_pretrained(tmp_path / "llama")
     assert len(json.loads((tmp_path / "llama" / "losses.json").read_text())) == 150
     assert oct((tmp_path / "llama" / "model.safetensors").stat().st_mode)[-3:] == "644"
     model.bfloat16().save_pretrained(tmp_path / "half" / "llama")
-    chosen = llama.options(["--output", str(tmp_path / "half"), "--device", "cpu"])
-    kept, losses = llama.network(chosen)
+    chosen = page.options(["--output", str(tmp_path / "half"), "--device", "cpu"])
+    kept, losses = page.network(chosen)
     assert (kept.lm_head.weight.dtype, losses) == (torch.float32, [])
     (tmp_path / "half" / "llama" / "losses.json").write_text("[no")
     with pytest.raises(lesson.CheckpointError, match=r"losses\.json is no list of losses"):
-        llama.network(chosen)
+        page.network(chosen)
     small().save_pretrained(tmp_path / "half" / "llama")
     with pytest.raises(lesson.CheckpointError, match="a network whose tokens are not bytes"):
-        llama.network(chosen)
+        page.network(chosen)
     capsys.readouterr()
 
     on = ["--device", "cpu", "--output", str(tmp_path), "--no-train", "--prompt", "The é"]
     said = []
     for seed in ("1", "1", "2"):
-        assert llama.main([*on, "--tokens", "40", "--seed", seed]) == 0
+        assert page.main([*on, "--tokens", "40", "--seed", seed]) == 0
         said.append(capsys.readouterr().out.split(f"{tmp_path}/llama/\n")[1])
     assert all(each.startswith("The é") for each in said)
     assert said[0] == said[1] != said[2]
@@ -493,7 +495,7 @@ def test_divided_over_two_it_has_the_same_losses(tmp_path):
     for theirs, ours in zip(losses, alone, strict=True):
         assert float(theirs) == pytest.approx(float(ours), abs=2e-3)
     whole = llama.Llama.from_pretrained(tmp_path / "two" / "llama-divided")
-    assert sum(w.numel() for w in whole.parameters()) == llama.parameter_count(llama.MINIATURE)
+    assert sum(w.numel() for w in whole.parameters()) == sizes.parameter_count(llama.MINIATURE)
 
 
 # What it costs
@@ -506,16 +508,16 @@ def test_costs_follow_from_the_configuration():
         with torch.device("meta"):
             model = llama.Llama(config)
         count = sum(weights.numel() for weights in model.parameters())
-        assert llama.parameter_count(config) == count == official[name]
+        assert sizes.parameter_count(config) == count == official[name]
     for tied in (True, False):
         model = small(tie_word_embeddings=tied)
         count = sum(weights.numel() for weights in model.parameters())
-        assert llama.parameter_count(model.config) == count
+        assert sizes.parameter_count(model.config) == count
         tokens = torch.zeros(1, 30, dtype=torch.int64)
         plainly = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with FlopCounterMode(display=False) as counter, plainly:
             model(tokens)
-        assert counter.get_total_flops() == 30 * llama.flops_a_token(model.config, 30)
+        assert counter.get_total_flops() == 30 * sizes.flops_a_token(model.config, 30)
 
 
 # Bad input
@@ -541,7 +543,7 @@ def test_costs_follow_from_the_configuration():
 )
 def test_a_wrong_option_gets_a_sentence(options, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        llama.main([options])
+        page.main([options])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"llama: {sentence}\n"
 
@@ -558,7 +560,7 @@ def test_what_torchrun_cannot_do_gets_a_sentence(world, options, sentence, monke
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(SystemExit):
-        llama.main(options)
+        page.main(options)
     assert capsys.readouterr().err == f"llama: {sentence}\n"
 
 
@@ -568,13 +570,13 @@ def test_no_paragraph_of_the_text_stands_in_it_twice():
 
 
 def test_what_is_not_there_gets_a_sentence(tmp_path, capsys):
-    assert llama.main(["--no-train", "--prompt", "a", "--output", str(tmp_path)]) == 1
+    assert page.main(["--no-train", "--prompt", "a", "--output", str(tmp_path)]) == 1
     lacks = f"{tmp_path}/llama holds no network; without --no-train one is trained there"
     assert capsys.readouterr().err == f"llama: {lacks}\n"
-    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    assert page.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     assert "config.json does not exist" in capsys.readouterr().err
     small().save_pretrained(tmp_path)
-    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    assert page.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     lacks = f"{tmp_path} has no tokenizer.json, and its tokens are not bytes"
     assert capsys.readouterr().err == f"llama: {lacks}\n"
 
@@ -588,7 +590,7 @@ def test_a_token_that_the_network_does_not_know_gets_a_sentence(tmp_path, capsys
     small().save_pretrained(tmp_path)
     reason = "the prompt has no token, or one that the network does not know"
     for prompt in ("b", " "):
-        assert llama.main(["--weights", str(tmp_path), "--prompt", prompt]) == 1
+        assert page.main(["--weights", str(tmp_path), "--prompt", prompt]) == 1
         assert capsys.readouterr().err == f"llama: {reason}\n"
 
 
@@ -610,18 +612,18 @@ class Saying(torch.nn.Module):
 
 def test_what_is_written_is_whole_characters_that_steer_no_terminal(capsys):
     said = "né\x1b[2J€\n".encode()
-    chosen = llama.options(["--prompt", "A", "--tokens", str(len(said)), "--temperature", "0"])
-    llama.write_on(Saying(said), None, chosen)
+    chosen = page.options(["--prompt", "A", "--tokens", str(len(said)), "--temperature", "0"])
+    page.write_on(Saying(said), None, chosen)
     assert capsys.readouterr().out == "Ané.[2J€\n\n"
     chosen.tokens = 2  # in the midst of a character
-    llama.write_on(Saying(said), None, chosen)
+    page.write_on(Saying(said), None, chosen)
     assert capsys.readouterr().out == "An\ufffd\n"
 
 
 def test_a_tokenizer_that_cannot_be_read_gets_a_sentence(tmp_path, capsys):
     small().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    assert page.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"llama: {tmp_path}/tokenizer.json is no tokenizer that can be read (")
     assert error.count("\n") == 1
@@ -646,7 +648,7 @@ def test_weights_that_are_no_numbers_get_a_sentence(tmp_path, capsys):
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     model.save_pretrained(tmp_path)
-    assert llama.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
+    assert page.main(["--weights", str(tmp_path), "--prompt", "a"]) == 1
     reason = "the network answers with no numbers: its weights are not finite"
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("a\n", f"llama: {reason}\n")
@@ -655,8 +657,8 @@ def test_weights_that_are_no_numbers_get_a_sentence(tmp_path, capsys):
 def test_far_tokens_are_rotated_in_float32_whatever_the_weights_are_in():
     model = small(rope_theta=10_000.0)
     like = torch.zeros((), dtype=torch.bfloat16)
-    far = llama.rotation(model.config, 1001, 1, like)
-    exact = llama.rotation(model.config, 1001, 1, torch.zeros(()))
+    far = rotation(model.config, 1001, 1, like)
+    exact = rotation(model.config, 1001, 1, torch.zeros(()))
     for ours, expected in zip(far, exact, strict=True):
         assert ours.equal(expected.bfloat16())
 
@@ -679,5 +681,5 @@ def test_a_folder_with_a_tokenizer_goes_on_in_its_words_until_it_ends(several, t
     model.model.config = ending
     model.save_pretrained(tmp_path)
     options = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
-    assert llama.main([*options, "--tokens", "12"]) == 0
+    assert page.main([*options, "--tokens", "12"]) == 0
     assert capsys.readouterr().out.split() == ["w4", "w7", *(f"w{n}" for n in tokens[:end])]
