@@ -17,6 +17,7 @@ from real_world import llama, stable_diffusion
 from real_world.benchmark import BLUE, Entry, drawing, markdown
 from real_world.digits import load_digits
 from real_world.llama import training
+from real_world.stable_diffusion.networks import as_images
 
 
 def call_of_train(function: Callable) -> str:
@@ -40,7 +41,7 @@ def measure(quick: bool) -> dict[str, Any]:
     )
     stable_diffusion.train_autoencoder(diffusion.autoencoder, digits.X, 600 // part)
     with torch.no_grad():
-        latents, _ = diffusion.autoencoder.encode(stable_diffusion.as_images(digits.X))
+        latents, _ = diffusion.autoencoder.encode(as_images(digits.X))
     latents /= latents.std()
     schedule = diffusion.schedule
     runs = {

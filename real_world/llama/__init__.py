@@ -9,6 +9,9 @@ The article: "Every production PyTorch model, from a two-layer classifier to a 7
 language model, follows this exact same pattern." Here is that language model: the architecture of
 A. Grattafiori et al., "The Llama 3 Herd of Models", 2024, section 3.2. Only the numbers in its
 LlamaConfig are smaller. Its parameters have Hugging Face's names, so weights move both ways.
+
+To read in this order: sizes, model, weights, generation, training; then proofs and page, which only
+show and measure.
 """
 
 from real_world.llama.generation import generate, narrowed

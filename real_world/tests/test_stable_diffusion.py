@@ -13,6 +13,7 @@ from torch import nn
 import lesson_code as lesson
 from real_world import stable_diffusion as sd
 from real_world.digits import load_digits
+from real_world.stable_diffusion import drawing, networks, page, training
 
 KINDS = {
     "linear": ("linear", 0.0001, 0.02),
@@ -48,7 +49,7 @@ def test_noise_and_steps_are_those_of_diffusers(kind, predicts):
         torch.testing.assert_close(schedule.target(images, noise, times), theirs, **close)
     for steps in (10, 50, 250):
         ddim.set_timesteps(steps)
-        assert sd.times_back(steps, 1000) == ddim.timesteps.tolist()
+        assert drawing.times_back(steps, 1000) == ddim.timesteps.tolist()
         for time in ddim.timesteps.tolist()[:: max(1, steps // 10)]:
             for eta, drawn in ((0.0, None), (1.0, fresh)):
                 theirs = ddim.step(prediction, time, images, eta=eta, variance_noise=drawn)
@@ -107,7 +108,7 @@ def test_the_denoiser_hears_every_word_and_sees_across_the_u():
         )
     noisy = sd.Noisy(torch.randn(2, 2, 4, 4), torch.tensor([1, 500]), torch.tensor([3, 5]))
     model(noisy).square().sum().backward()
-    words = model.words.weight.grad.view(sd.EMPTY + 1, sd.WORDS, -1)
+    words = model.words.weight.grad.view(sd.EMPTY + 1, networks.WORDS, -1)
     assert (words[[3, 5]].abs().amax(dim=2) > 0).all()
     assert (words[[0, 1, 2]] == 0).all()
     across = torch.cat((seen["down"][1], seen["grow"][1]), dim=1)
@@ -119,7 +120,7 @@ def test_times_are_waves_as_in_diffusers():
 
     times = torch.tensor([0, 1, 37, 999])
     theirs = get_timestep_embedding(times, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(sd.time_embedding(times, 64), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(networks.time_embedding(times, 64), theirs, atol=1e-5, rtol=0)
 
 
 def test_the_latent_is_drawn_with_the_spread_that_the_encoder_gives():
@@ -142,7 +143,7 @@ def test_the_autoencoders_loss_is_the_error_and_the_divergence_from_a_standard_n
     divergence = torch.distributions.kl_divergence(normal, standard).mean()
     expected = 0.01 + 0.0005 * divergence
     torch.testing.assert_close(
-        sd.autoencoder_loss((images + 0.1, mean, log_variance), images), expected
+        networks.autoencoder_loss((images + 0.1, mean, log_variance), images), expected
     )
 
 
@@ -182,7 +183,7 @@ def test_one_that_draws_training_images_again_is_called_a_copy(capsys):
     diffusion = sd.Diffusion()
     sd.train_autoencoder(diffusion.autoencoder, digits.X, 300)
     with torch.no_grad():
-        latents, _ = diffusion.autoencoder.encode(sd.as_images(digits.X))
+        latents, _ = diffusion.autoencoder.encode(networks.as_images(digits.X))
     diffusion.scale.copy_(1 / latents.std())
     latents = latents * diffusion.scale
     firsts = [int((digits.y == digit).nonzero()[0]) for digit in range(10)]
@@ -190,7 +191,7 @@ def test_one_that_draws_training_images_again_is_called_a_copy(capsys):
     at_guidance_3 = (latents[firsts] + 2 * empty) / 3
     diffusion.denoiser = Oracle(torch.cat((at_guidance_3, empty)))
     with pytest.raises(lesson.ClaimError, match="and not copied"):
-        sd.compare_guidance(diffusion, digits, seed=0)
+        page.compare_guidance(diffusion, digits, seed=0)
     assert re.search(
         r"and not copied +\S+ as far as real ones, nearest \S+ +NOT", capsys.readouterr().out
     )
@@ -203,7 +204,7 @@ def test_a_short_training_falls_and_draws_are_of_a_seed(tmp_path):
     first = sd.train_autoencoder(diffusion.autoencoder, digits.X, 60)
     assert first[-1] < first[0] / 3
     with torch.no_grad():
-        latents, _ = diffusion.autoencoder.encode(sd.as_images(digits.X))
+        latents, _ = diffusion.autoencoder.encode(networks.as_images(digits.X))
     latents = latents / latents.std()
     before = [weights.detach().clone() for weights in diffusion.denoiser.parameters()]
     losses = sd.train_denoiser(diffusion.denoiser, latents, digits.y, diffusion.schedule, 60)
@@ -219,8 +220,8 @@ def test_a_short_training_falls_and_draws_are_of_a_seed(tmp_path):
     assert (one.min() >= 0, one.max() <= 1) == (True, True)
 
     path = tmp_path / "kept.safetensors"
-    sd.keep(path, diffusion, {"autoencoder": first, "denoiser": losses})
-    again, found = sd.kept(path, torch.device("cpu"))
+    page.keep(path, diffusion, {"autoencoder": first, "denoiser": losses})
+    again, found = page.kept(path, torch.device("cpu"))
     assert sd.draw(again, prompts, steps=5, seed=1).equal(one)
     assert found["denoiser"] == pytest.approx(losses)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
@@ -258,17 +259,17 @@ def test_what_is_kept_is_the_mean_of_the_last_weights_and_scales_there_and_back(
         return averages[-1]
 
     monkeypatch.setattr(torch.optim.swa_utils, "AveragedModel", averaged)
-    monkeypatch.setattr(sd, "AUTOENCODER_STEPS", 60)
-    given, train = [], sd.train_denoiser
-    monkeypatch.setattr(sd, "train_denoiser", lambda *a: given.append(a[1]) or train(*a))
-    diffusion, _ = sd.learn(digits, 20, seed=0)
+    monkeypatch.setattr(training, "AUTOENCODER_STEPS", 60)
+    given, train = [], training.train_denoiser
+    monkeypatch.setattr(training, "train_denoiser", lambda *a: given.append(a[1]) or train(*a))
+    diffusion, _ = training.learn(digits, 20, seed=0)
     assert given[0].std().item() == pytest.approx(1, abs=1e-3)
     for ours, theirs in zip(
         diffusion.denoiser.parameters(), averages[0].module.parameters(), strict=True
     ):
         assert ours.equal(theirs)
     with torch.no_grad():
-        latents, _ = diffusion.autoencoder.encode(sd.as_images(digits.X))
+        latents, _ = diffusion.autoencoder.encode(networks.as_images(digits.X))
     scaled = latents * diffusion.scale
     assert scaled.std().item() == pytest.approx(1, abs=1e-3)
     plain = diffusion.autoencoder.decoder(latents).flatten(1).clamp(0, 1)
@@ -303,13 +304,13 @@ def little(tmp_path_factory):
     """Return a folder with a network that has hardly been trained."""
     folder = tmp_path_factory.mktemp("little")
     options = ["--device", "cpu", "--steps", "20", "--prompt", "7", "--output", str(folder)]
-    assert sd.main(options) == 0
+    assert page.main(options) == 0
     return folder
 
 
 def test_a_second_run_draws_at_once(little, capsys):
     kept = (little / "stable_diffusion.safetensors").read_bytes()
-    assert sd.main(["--prompt", "7", "--output", str(little), "--device", "cpu"]) == 0
+    assert page.main(["--prompt", "7", "--output", str(little), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "kept; --train trains another" in printed
     assert "loss" not in printed
@@ -323,8 +324,8 @@ def test_what_is_drawn_is_what_is_asked_for(little, capsys):
     """The PNG holds the four drawings of that prompt, guidance, number of steps and seed."""
     asked = {"guidance": 2.0, "steps": 20, "seed": 5}
     options = ["--prompt", "3", "--guidance", "2", "--sampling-steps", "20", "--seed", "5"]
-    assert sd.main([*options, "--output", str(little), "--device", "cpu"]) == 0
-    diffusion, _ = sd.kept(little / "stable_diffusion.safetensors", torch.device("cpu"))
+    assert page.main([*options, "--output", str(little), "--device", "cpu"]) == 0
+    diffusion, _ = page.kept(little / "stable_diffusion.safetensors", torch.device("cpu"))
     expected = sd.draw(diffusion, torch.full((4,), 3), **asked).view(4, 8, 8)
     found = matplotlib.image.imread(little / "stable_diffusion-3.png")[::16, ::16, 0]
     ink = 1 - torch.tensor(found).view(8, 4, 8).transpose(0, 1)
@@ -334,7 +335,7 @@ def test_what_is_drawn_is_what_is_asked_for(little, capsys):
 
 
 def test_the_page_refuses_a_network_that_does_not_draw_what_it_is_asked(little, capsys):
-    assert sd.main(["--no-train", "--output", str(little), "--device", "cpu"]) == 1
+    assert page.main(["--no-train", "--output", str(little), "--device", "cpu"]) == 1
     printed = capsys.readouterr()
     assert printed.out.count("noise and steps differ by") == 6
     lines = (line for line in printed.out.splitlines() if str(little) not in line)
@@ -346,8 +347,8 @@ def test_the_page_refuses_a_network_that_does_not_draw_what_it_is_asked(little, 
 
 
 def test_the_picture_is_drawn(little, tmp_path):
-    diffusion, losses = sd.kept(little / "stable_diffusion.safetensors", torch.device("cpu"))
-    sd.paint(tmp_path / "x.png", diffusion, losses, seed=0)
+    diffusion, losses = page.kept(little / "stable_diffusion.safetensors", torch.device("cpu"))
+    page.paint(tmp_path / "x.png", diffusion, losses, seed=0)
     assert matplotlib.image.imread(tmp_path / "x.png").shape == (960, 1440, 4)
 
 
@@ -355,7 +356,7 @@ def test_a_digit_in_characters():
     image = torch.zeros(8, 8)
     image[:, 3] = 1
     image[0, 0] = 0.5
-    lines = sd.in_characters(image.view(1, 64)).splitlines()
+    lines = page.in_characters(image.view(1, 64)).splitlines()
     assert lines[0] == "    ==    @@"
     assert lines[1:] == ["          @@"] * 7
 
@@ -382,7 +383,7 @@ def test_a_torn_or_foreign_checkpoint_gets_a_sentence_and_stays(damage, little, 
     path.write_bytes((little / path.name).read_bytes())
     damage(path)
     left = path.read_bytes()
-    assert sd.main(["--prompt", "7", "--output", str(tmp_path)]) == 1
+    assert page.main(["--prompt", "7", "--output", str(tmp_path)]) == 1
     reason = "is torn, or holds another network; delete it, and the next run trains one"
     assert capsys.readouterr().err == f"stable_diffusion: {path} {reason}\n"
     assert path.read_bytes() == left
@@ -400,23 +401,23 @@ def test_a_torn_or_foreign_checkpoint_gets_a_sentence_and_stays(damage, little, 
 )
 def test_a_wrong_option_gets_a_sentence(options, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        sd.main(options)
+        page.main(options)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"stable_diffusion: {sentence}\n"
 
 
 def test_steps_back_divide_the_thousand(capsys):
     with pytest.raises(SystemExit):
-        sd.main(["--prompt", "1", "--sampling-steps", "334"])
+        page.main(["--prompt", "1", "--sampling-steps", "334"])
     assert "argument --sampling-steps: invalid choice: 334 (choose from 10, 20, " in (
         capsys.readouterr().err
     )
-    assert all(1000 % steps == 0 for steps in sd.DIVISORS)
+    assert all(1000 % steps == 0 for steps in page.DIVISORS)
 
 
 def test_a_network_that_is_kept_is_not_trained_over_for_its_steps(little, capsys):
     kept = (little / "stable_diffusion.safetensors").read_bytes()
-    assert sd.main(["--prompt", "1", "--steps", "30", "--output", str(little)]) == 1
+    assert page.main(["--prompt", "1", "--steps", "30", "--output", str(little)]) == 1
     holds = "is there already; with --steps goes --train, for another"
     path = little / "stable_diffusion.safetensors"
     assert capsys.readouterr().err == f"stable_diffusion: {path} {holds}\n"
@@ -425,12 +426,12 @@ def test_a_network_that_is_kept_is_not_trained_over_for_its_steps(little, capsys
 
 def test_a_folder_where_the_network_should_be_gets_a_sentence(tmp_path, capsys):
     (tmp_path / "stable_diffusion.safetensors").mkdir()
-    assert sd.main(["--prompt", "1", "--output", str(tmp_path)]) == 1
+    assert page.main(["--prompt", "1", "--output", str(tmp_path)]) == 1
     assert "stable_diffusion.safetensors cannot be read: " in capsys.readouterr().err
 
 
 def test_no_checkpoint_and_no_training_gets_a_sentence(tmp_path, capsys):
-    assert sd.main(["--no-train", "--prompt", "1", "--output", str(tmp_path)]) == 1
+    assert page.main(["--no-train", "--prompt", "1", "--output", str(tmp_path)]) == 1
     lacks = "stable_diffusion.safetensors does not exist; without --no-train it is trained"
     assert capsys.readouterr().err == f"stable_diffusion: {tmp_path}/{lacks}\n"
 
