@@ -110,24 +110,32 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def named(results: dict[str, Any]) -> dict[str, tuple[dict[str, float], float]]:
+    """Return every way, by what it does and its name, with the median of the first that does it."""
+    return {
+        name if len(results) == 1 else f"{what}: {name}": (measured, first)
+        for what, ways in results.items()
+        for first in (next(iter(ways.values()))["median"],)
+        for name, measured in ways.items()
+    }
+
+
 def plain_table(results: dict[str, Any], unit: str = "") -> str:
     """Return a table of ways: their time, its ratio to that of the first, how many units a second.
 
     Without a unit, of what is timed, it has no column for the last.
     """
-    header = ("", "takes", "against the first", *([f"{unit} a second"] if unit else []))
-    rows = []
-    for what, ways in results.items():
-        base = next(iter(ways.values()))["median"]
-        for name, measured in ways.items():
-            ratio = f"{measured['median'] / base:.2f} x"
-            row = (
-                f"{what}: {name}",
-                scaled(measured, base),
-                ratio,
-                f"{1 / measured['median']:,.0f}",
-            )
-            rows.append(row[: len(header)])
+    what = next(iter(results)) if len(results) == 1 else ""
+    header = (what, "takes", "against the first", *([f"{unit} a second"] if unit else []))
+    rows = (
+        (
+            name,
+            scaled(measured, first),
+            f"{measured['median'] / first:.2f} x",
+            f"{1 / measured['median']:,.0f}",
+        )[: len(header)]
+        for name, (measured, first) in named(results).items()
+    )
     return markdown(header, rows)
 
 
@@ -148,16 +156,13 @@ def drawing(path: Path, width: float, height: float, columns: int = 1) -> Iterat
 
 def plain_chart(results: dict[str, Any], path: Path) -> None:
     """Draw how long each way takes, against the first, as a PNG."""
-    bars = [
-        (f"{what}: {name}", measured["median"] / next(iter(ways.values()))["median"])
-        for what, ways in results.items()
-        for name, measured in ways.items()
-    ]
-    names, values = zip(*bars, strict=True)
+    bars = {name: measured["median"] / first for name, (measured, first) in named(results).items()}
+    names, values = list(bars), list(bars.values())
     with drawing(path, 8, 0.6 + 0.4 * len(bars)) as (axes,):
         drawn = axes.barh(names, values, color=[BLUE if value == 1 else GREY for value in values])
         axes.bar_label(drawn, [f"{value:.2f} x" for value in values], padding=4)
-        axes.set(xlabel="times as long", xlim=(0, 1.2 * max(values)))
+        what = next(iter(results)) if len(results) == 1 else ""
+        axes.set(title=what, xlabel="times as long", xlim=(0, 1.2 * max(values)))
         axes.invert_yaxis()
 
 

@@ -63,7 +63,7 @@ def by_length(rounds: int, lengths: tuple[int, ...]) -> Growth:
 
     seconds(lengths[0])  # the first is slower
     ways = {str(length): lambda length=length: seconds(length) for length in lengths}
-    return {"llama.py": alternate(ways, rounds, "growth, length")}
+    return {"llama": alternate(ways, rounds, "growth, length")}
 
 
 def by_processes(rounds: int, processes: tuple[int, ...]) -> Growth:
@@ -72,7 +72,7 @@ def by_processes(rounds: int, processes: tuple[int, ...]) -> Growth:
         str(many): [seconds_of_a_step("wide", 4096, 2, many) for _ in range(rounds)]
         for many in processes
     }
-    return {"distributed.py": {many: spread(times) for many, times in runs.items()}}
+    return {"distributed": {many: spread(times) for many, times in runs.items()}}
 
 
 def measure(quick: bool) -> dict[str, Any]:

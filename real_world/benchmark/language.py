@@ -59,9 +59,9 @@ def measure(quick: bool) -> dict[str, Any]:
     def theirs() -> torch.Tensor:
         return twin.generate(prompt, max_new_tokens=count, do_sample=False)
 
-    ways = {"llama.py": lambda: learning(model), "transformers": lambda: learning(Logits(twin))}
+    ways = {"llama": lambda: learning(model), "transformers": lambda: learning(Logits(twin))}
     trained = alternate(ways, rounds, "language, training")
-    ways = {"llama.py": lambda: writing(ours), "transformers": lambda: writing(theirs)}
+    ways = {"llama": lambda: writing(ours), "transformers": lambda: writing(theirs)}
     return {"training": trained, "generation": alternate(ways, rounds, "language, generation")}
 
 

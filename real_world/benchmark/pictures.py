@@ -48,7 +48,7 @@ def measure(quick: bool) -> dict[str, Any]:
         way()
         return (time.perf_counter() - start) / len(prompts)
 
-    ways = {"stable_diffusion.py": ours, "diffusers' scheduler": theirs}
+    ways = {"stable_diffusion": ours, "diffusers' scheduler": theirs}
     timed = {name: functools.partial(seconds, way) for name, way in ways.items()}
     return {"an image, 50 steps": alternate(timed, 1 if quick else 7, "pictures")}
 

@@ -106,7 +106,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     with drawing(path, 8, 2.6) as (axes,):
         bars = axes.barh(names, gained, color=[BLUE if gain > 1 else RED for gain in gained])
         labels = [f"{gain:.2f} x" for gain in gained]
-        axes.bar_label(bars, labels, label_type="center", color="white")
+        axes.bar_label(bars, labels, padding=4)
         for speed, name in ((1, "one process"), (2, "two cores could")):
             axes.axvline(speed, color=GREY, lw=1, ls=":", zorder=0)
             axes.text(speed + 0.02, -0.45, name, color=GREY, size=8, va="bottom")

@@ -90,7 +90,9 @@ def test_a_worker_is_asked_and_ends_with_its_block():
         pass
 
 
-@pytest.mark.parametrize("name", ["floor", "inference", "language", "pictures", "growth"])
+@pytest.mark.parametrize(
+    "name", ["floor", "inference", "language", "pictures", "trainings", "growth"]
+)
 def test_a_quick_run_measures_draws_and_writes_nothing(name, capsys, tmp_path, monkeypatch):
     kept = benchmark.RESULTS.read_bytes(), benchmark.README.read_bytes()
     measured = []
