@@ -415,7 +415,7 @@ def compare_errors() -> None:
     print("\n  A row that is not in a table, in the network; how many lines the traceback has, and")
     print("  how far from its end the line at fault is named:")
     ours, theirs = Lookup(), keras_lookup()
-    compiled = torch.compile(Lookup(), backend="eager")
+    compiled = torch.compile(Lookup())
     bad = torch.tensor([0, 7])
     rows = tf.constant([0, 7])
     theirs(tf.constant([0, 1]))

@@ -20,8 +20,10 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world import parser, run, shown
+from real_world import parser, run, shown, writable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,27 +63,36 @@ def alternate(ways: dict[str, Callable[[], float]], rounds: int, title: str) -> 
 
 
 @contextlib.contextmanager
-def worker(command: Sequence[str | Path]) -> Iterator[Callable[[], float]]:
+def worker(name: str, command: Sequence[str | Path]) -> Iterator[Callable[[], float]]:
     """Start a process that prints "warm", and then for every line that comes in how long it took.
 
     Yields what asks it once, in seconds. The threads of one framework would be in the way of
-    another's in one process.
+    another's in one process. Raises OSError, with the last thing that it said, where it ends.
     """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    pipes["stderr"] = subprocess.DEVNULL  # TensorFlow's and XLA's remarks
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    with tempfile.TemporaryFile("w+", errors="replace") as remarks:  # TensorFlow and XLA make many
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": remarks}
+        with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
 
-        def ask() -> float:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            return float(process.stdout.readline())
+            def answer() -> str:
+                if line := process.stdout.readline():
+                    return line
+                process.wait()
+                remarks.seek(0)
+                last = (remarks.read().strip().splitlines() or ["nothing"])[-1]
+                raise OSError(f"{name} ended with status {process.returncode}; it said: {last}")
 
-        try:
-            if process.stdout.readline() != "warm\n":
-                raise OSError(f"{command[-1]} does not run")
-            yield ask
-        finally:
-            process.stdin.close()  # which ends it
+            def ask() -> float:
+                with contextlib.suppress(BrokenPipeError):  # answer() says why
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                return float(answer())
+
+            try:
+                answer()
+                yield ask
+            finally:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()  # which ends it
 
 
 # %% Showing
@@ -89,25 +100,24 @@ def worker(command: Sequence[str | Path]) -> Iterator[Callable[[], float]]:
 
 def scaled(seconds: dict[str, float], among: float) -> str:
     """Return a median and its spread, in the unit that suits the size of `among`."""
-    power, unit = next((p, u) for p, u in ((0, "s"), (3, "ms"), (6, "us")) if among * 10**p >= 1)
+    units = ((0, "s"), (3, "ms"), (6, "us"), (9, "ns"))
+    power, unit = next((p, u) for p, u in units if among * 10**p >= 1)
     parts = (seconds[key] * 10**power for key in ("lowest", "median", "highest"))
     low, middle, high = (f"{part:,.0f}" if part >= 1000 else f"{part:.3g}" for part in parts)
     return f"{middle} {unit} ({low} to {high})"
+
+
+def times(measured: dict[str, float], first: dict[str, float]) -> str:
+    """Return how many times as long as `first` it takes, and whether other rounds may say no."""
+    ratio = f"{measured['median'] / first['median']:.2f} times"
+    apart = measured["lowest"] > first["highest"] or first["lowest"] > measured["highest"]
+    return ratio if apart else f"{ratio} (within the spread)"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Return a table, its first columns aligned to the left and all others to the right."""
     marks = ["---" if column < left else "---:" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, marks, *rows))
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """Return, by what is done, how many times as long the last way takes as the first."""
-    found = {}
-    for what, ways in results.items():
-        first, *_, last = (measured["median"] for measured in ways.values())
-        found[what] = last / first
-    return found
 
 
 def named(results: dict[str, Any]) -> dict[str, tuple[dict[str, float], float]]:
@@ -200,49 +210,84 @@ def picture(name: str) -> Path:
 
 
 def with_results(readme: str, results: dict[str, Any]) -> str:
-    """Return `readme` with what each entry that was measured says of itself between its marks."""
+    """Return `readme` with what each entry that was measured says of itself between its marks.
+
+    Raises OSError where the marks are not there, once each.
+    """
     for name in results:
         measured = results[name]["results"]
         for mark, text in (
             (f"<!-- headline {name} -->", entry(name).headline(measured)),
             (f"<!-- table {name} -->", f"\n{entry(name).table(measured)}\n"),
         ):
-            head, rest = readme.split(mark)
-            readme = head + mark + text + rest[rest.index("<!-- end -->") :]
+            head, *rest = readme.split(mark)
+            if len(rest) != 1 or "<!-- end -->" not in rest[0]:
+                raise OSError(f"README.md should hold {mark}, and later <!-- end -->, once")
+            readme = head + mark + text + rest[0][rest[0].index("<!-- end -->") :]
     return readme
 
 
-PACKAGES = ("torch", "tensorflow-cpu", "keras", "jax", "scikit-learn", "numpy", "transformers")
-PACKAGES += ("diffusers", "uvicorn", "fastapi", "executorch", "onnxruntime")
+PACKAGES = ("torch", "tensorflow-cpu", "tensorflow", "keras", "jax", "scikit-learn", "numpy")
+PACKAGES += ("transformers", "diffusers", "uvicorn", "fastapi", "executorch", "onnxruntime")
 
 
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     described = Path("/proc/cpuinfo")  # of Linux
     found = described.exists() and re.search(r"model name\s*: (.+)", described.read_text())
     cpu = {"processor": found[1] if found else platform.processor(), "cores": os.cpu_count()}
+    cpu |= {"torch threads": torch.get_num_threads(), "load before": round(os.getloadavg()[0], 2)}
     return {**cpu, "system": platform.platform(), "python": platform.python_version(), **versions}
 
 
 # %% Running it
 
 
+def kept_results() -> dict[str, Any]:
+    """Return what earlier runs wrote; raise OSError where it is torn."""
+    try:
+        return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    except ValueError as error:
+        raise OSError(f"{shown(RESULTS)} is torn ({error}); delete it") from None
+
+
+def measured_by(name: str, quick: bool) -> dict[str, Any]:
+    """Return what an entry measures; raise OSError where something that it needs is not there."""
+    try:
+        return entry(name).measure(quick)
+    except ModuleNotFoundError as error:
+        raise OSError(f"{name} needs {error.name}; ./setup.sh --all installs it") from None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode() if isinstance(error.stderr, bytes) else error.stderr or ""
+        last = (said.strip().splitlines() or ["nothing"])[-1]
+        raise OSError(f"{name}: a process failed; it said: {last}") from None
+
+
 def benchmark(names: list[str], quick: bool, write: bool) -> None:
     """Measure the entries and print their tables; `write` down results, tables and charts."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if write:  # what would be lost otherwise, after minutes
+        results = kept_results()
+        writable(RESULTS.parent)
+        with_results(README.read_text(), results)
     for name in names:
         lesson.heading(f"Benchmark: {name}", entry(name).claim)
-        measured = entry(name).measure(quick)
-        results[name] = {"machine": machine(), "results": measured}
+        here = machine()
+        measured = measured_by(name, quick)
         print(entry(name).table(measured))
         if write:
+            results[name] = {"machine": here, "results": measured}
+            written = json.dumps(results, indent=1) + "\n"
+            readme = with_results(README.read_text(), {name: results[name]})
             entry(name).chart(measured, picture(name))
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            README.write_text(with_results(README.read_text(), {name: results[name]}))
-            written = ", ".join(str(shown(p)) for p in (RESULTS, README))
+            write_whole(RESULTS, lambda path, text=written: path.write_text(text))
+            write_whole(README, lambda path, text=readme: path.write_text(text))
             print()
-            lesson.show("written", f"{written} and {shown(picture(name))}")
+            places = ", ".join(str(shown(place)) for place in (RESULTS, README))
+            lesson.show("written", f"{places} and {shown(picture(name))}")
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -266,4 +311,5 @@ def main(argv: list[str] | None = None) -> int:
     chosen = options(argv)
     possible = [name for name in NAMES if name != "cuda" or torch.cuda.is_available()]
     names = chosen.names or possible
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the workers too
     return run("benchmark", lambda: benchmark(names, chosen.quick, chosen.write))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from real_world.benchmark import (
     drawing,
     markdown,
     scaled,
-    spread,
 )
 from real_world.benchmark.scaling import seconds_of_a_step
 from real_world.benchmark.step import Size, steps_by_way
@@ -68,11 +68,10 @@ def by_length(rounds: int, lengths: tuple[int, ...]) -> Growth:
 
 def by_processes(rounds: int, processes: tuple[int, ...]) -> Growth:
     """Time a step of a wide network on 4,096 samples, divided over processes, a thread each."""
-    runs = {
-        str(many): [seconds_of_a_step("wide", 4096, 2, many) for _ in range(rounds)]
-        for many in processes
+    ways = {
+        str(many): functools.partial(seconds_of_a_step, "wide", 4096, 2, many) for many in processes
     }
-    return {"distributed": {many: spread(times) for many, times in runs.items()}}
+    return {"distributed": alternate(ways, rounds, "growth, processes")}
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -135,11 +134,13 @@ def chart(results: dict[str, Any], path: Path) -> None:
                 )
             by = next(iter(ways.values()))
             much = [int(amount) for amount in by]
-            (first, *_), (*_, last) = by.values(), by.values()
+            first, last = (list(by.values())[place]["median"] * 1000 for place in (0, -1))
             if what == "processes":  # which divide the work
-                line = [first["median"] * 1000 / amount for amount in much]
-            else:
-                line = [last["median"] * 1000 * amount / much[-1] for amount in much]
+                line = [first / amount for amount in much]
+            elif what == "bytes of text":  # which costs more than in proportion
+                line = [first * amount / much[0] for amount in much]
+            else:  # which costs less at first
+                line = [last * amount / much[-1] for amount in much]
             axes.plot(much, line, ":", color=GREY, label="in proportion", zorder=0)
             axes.set(title=TITLES[what], xlabel=what)
             if what == "processes":

@@ -13,7 +13,7 @@ from torch import nn
 
 import lesson_code as lesson
 from real_world import Batches, llama
-from real_world.benchmark import Entry, alternate, plain_table, ratios
+from real_world.benchmark import Entry, alternate, plain_table, times
 from real_world.llama import proofs, training
 
 
@@ -67,9 +67,9 @@ def measure(quick: bool) -> dict[str, Any]:
 
 def headline(results: dict[str, Any]) -> str:
     """Return what the README says."""
-    times = ratios(results)
-    trained = f"trained at {times['training']:.2f} times the speed of `transformers`'"
-    return f"{trained}, writing at {times['generation']:.1f} times"
+    (trained, their_training), (wrote, their_writing) = (ways.values() for ways in results.values())
+    learning = f"`transformers` takes {times(their_training, trained)} as long to train"
+    return f"{learning}, and {times(their_writing, wrote)} to write"
 
 
 ENTRY = Entry(

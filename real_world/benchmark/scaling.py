@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import os
 import statistics
@@ -15,16 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import lesson_code as lesson
 from real_world import distributed
-from real_world.benchmark import BLUE, GREY, RED, ROOT, Entry, drawing, markdown, spread
+from real_world.benchmark import BLUE, GREY, RED, ROOT, Entry, alternate, drawing, markdown
 
 
-def process(network: str, samples: int, steps: int) -> None:
-    """Train on this process's share of `samples`; rank 0 prints the seconds of a step."""
-    torch.set_num_threads(1)
+def process(network: str, samples: int, steps: int, threads: int) -> None:
+    """Train on this process's share of `samples`; print the seconds of a step.
+
+    Only rank 0 is heard: distributed.join() closes the others' standard output.
+    """
+    torch.set_num_threads(threads)
     group = distributed.join({}, "gloo", torch.device("cpu"), seconds=60)
     model = distributed.wide_network(0) if network == "wide" else lesson.SimpleClassifier()
     width = next(model.parameters()).shape[1]
@@ -44,37 +46,37 @@ def process(network: str, samples: int, steps: int) -> None:
     distributed.leave(0)
 
 
-SCALES = {  # network, samples, steps, processes
-    "wide network, 4,096 samples": ("wide", 4096, 2, 1),
-    "the same work on 2 processes": ("wide", 4096, 2, 2),
-    "twice the work on 2 processes": ("wide", 8192, 2, 2),
-    "the lesson's, 100 samples": ("lesson", 100, 200, 1),
-    "the lesson's on 2 processes": ("lesson", 100, 200, 2),
+SCALES = {  # network, samples, steps, processes, threads of each
+    "wide network, 4,096 samples": ("wide", 4096, 2, 1, 1),
+    "  the same, with a thread a core": ("wide", 4096, 2, 1, 2),
+    "the same work on 2 processes": ("wide", 4096, 2, 2, 1),
+    "twice the work on 2 processes": ("wide", 8192, 2, 2, 1),
+    "the lesson's, 100 samples": ("lesson", 100, 200, 1, 1),
+    "the lesson's on 2 processes": ("lesson", 100, 200, 2, 1),
 }
 
 
-def seconds_of_a_step(network: str, samples: int, steps: int, processes: int) -> float:
-    """Return how long a training step takes on so many processes, a thread each."""
-    call = f"from {__name__} import process; process({network!r}, {samples}, {steps})"
+def seconds_of_a_step(
+    network: str, samples: int, steps: int, processes: int, threads: int = 1
+) -> float:
+    """Return how long a training step takes on so many processes, of so many threads."""
+    call = f"from {__name__} import process; process({network!r}, {samples}, {steps}, {threads})"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "--no-python", sys.executable, "-c", call]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, check=True)
+    limited = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env=limited, capture_output=True, check=True)
     return json.loads(done.stdout)
 
 
 def measure(quick: bool) -> dict[str, Any]:
     """Time a training step on one process and on two, in turn."""
-    runs: dict[str, list[float]] = {}
-    turns = list(itertools.product(range(1 if quick else 3), SCALES.items()))
-    for _, (name, work) in tqdm(turns, "scaling", leave=False, disable=None):
-        runs.setdefault(name, []).append(seconds_of_a_step(*work))
-    return {name: spread(times) for name, times in runs.items()}
+    ways = {name: functools.partial(seconds_of_a_step, *work) for name, work in SCALES.items()}
+    return alternate(ways, 1 if quick else 3, "scaling")
 
 
 def gains(results: dict[str, Any]) -> tuple[float, float, float]:
     """Return what two processes gain on the same work, on twice the work, and on the lesson's."""
-    one, strong, weak, small, small_two = (measured["median"] for measured in results.values())
+    one, _, strong, weak, small, small_two = (measured["median"] for measured in results.values())
     return one / strong, 2 * one / weak, small / small_two
 
 
@@ -88,7 +90,9 @@ def headline(results: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """Return the README's table."""
     strong, weak, small = gains(results)
-    gained = ("", f"{strong:.2f} x", f"{weak:.2f} x", "", f"{small:.2f} x")
+    one, threads, *_ = (measured["median"] for measured in results.values())
+    gained = ("", *(f"{gain:.2f} x" for gain in (one / threads, strong, weak)), "")
+    gained += (f"{small:.2f} x",)
     rows = []
     for (name, measured), gain in zip(results.items(), gained, strict=True):
         low, middle, high = (
@@ -105,8 +109,11 @@ def chart(results: dict[str, Any], path: Path) -> None:
     gained = gains(results)
     with drawing(path, 8, 2.6) as (axes,):
         bars = axes.barh(names, gained, color=[BLUE if gain > 1 else RED for gain in gained])
-        labels = [f"{gain:.2f} x" for gain in gained]
-        axes.bar_label(bars, labels, padding=4)
+        for bar, gain in zip(bars, gained, strict=True):
+            inside = {"x": gain / 2, "ha": "center", "color": "white"}
+            beside = {"x": gain + 0.03, "ha": "left"}
+            middle = bar.get_y() + bar.get_height() / 2
+            axes.text(y=middle, s=f"{gain:.2f} x", va="center", **(inside if gain > 1 else beside))
         for speed, name in ((1, "one process"), (2, "two cores could")):
             axes.axvline(speed, color=GREY, lw=1, ls=":", zorder=0)
             axes.text(speed + 0.02, -0.45, name, color=GREY, size=8, va="bottom")

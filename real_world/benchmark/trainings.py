@@ -92,9 +92,9 @@ def table(results: dict[str, Any]) -> str:
         loss = f"{measured['first']:.2f} to {measured['last']:.2f}"
         count, steps = (f"{measured[key]:,}" for key in ("parameters", "steps"))
         rows.append(
-            (name, f"`{measured['line']}`", count, steps, loss, f"{measured['seconds']:.2g} s")
+            (name, f"`{measured['line']}`", count, steps, loss, f"{measured['seconds']:.3g} s")
         )
-    header = ("network", "the line that trains it", "parameters", "steps", "loss", "takes")
+    header = ("network", "the line that trains it", "parameters", "steps", "training loss", "takes")
     return markdown(header, rows, left=2)
 
 
@@ -104,7 +104,9 @@ def chart(results: dict[str, Any], path: Path) -> None:
         for axes, (name, measured) in zip(panels, results.items(), strict=True):
             steps = torch.linspace(1, measured["steps"], len(measured["losses"])).tolist()
             axes.plot(steps, measured["losses"], color=BLUE, lw=1)
-            axes.set(title=f"{name}: {measured['parameters']:,}", xlabel="step", ylabel="loss")
+            axes.set(
+                title=f"{name}: {measured['parameters']:,} parameters", xlabel="step", ylabel="loss"
+            )
             axes.set_ylim(0)
 
 
