@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import lesson_code as lesson
-from real_world.benchmark import BLUE, Entry, alternate, drawing, markdown, step
+from real_world.benchmark import Entry, alternate, drawing, markdown, step
 from real_world.benchmark.step import LR, Size, Training
 
 SIZES = {**step.SIZES, "all matrix product": Size(16_384, 8_192, 8_192, 8_192)}
@@ -142,19 +142,11 @@ def table(results: dict[str, Any]) -> str:
 
 def chart(results: dict[str, Any], path: Path) -> None:
     """Draw the time of a step by the operations in it, and its share of the peak, as a PNG."""
-    flops = [size.flops / 1e9 for size in SIZES.values()]
     with drawing(path, 12, 4.5, columns=2) as (times, shares):
-        for way in WAYS:
-            look = {"lw": 2.5, "color": BLUE, "zorder": 3} if way == "train()" else {"lw": 1}
-            medians = [results[name][way]["median"] * 1000 for name in SIZES]
-            times.plot(flops, medians, "o-", label=way, **look)
-            reached = [100 * of_peak(results, name, way) for name in SIZES]
-            shares.plot(flops, reached, "o-", **look)
-        times.set(title=f"A training step on {results['device']}", ylabel="ms", yscale="log")
-        shares.set(title="Of a matrix product of the same type", ylabel="%", ylim=(0, 105))
-        for axes in (times, shares):
-            axes.set(xlabel="billion operations in a step", xscale="log")
-        times.legend(frameon=False)
+        share = functools.partial(of_peak, results)
+        step.plot_ways((times, shares), results, SIZES, WAYS, share)
+        times.set_title(f"A training step on {results['device']}")
+        shares.set_title("Share of a matrix product of the same type")
 
 
 ENTRY = Entry(

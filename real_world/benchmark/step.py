@@ -7,7 +7,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from real_world.benchmark import BLUE, GREY, Entry, alternate, drawing, markdown
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
+    from matplotlib.axes import Axes
 
 LR = 0.01
 
@@ -349,26 +350,41 @@ def table(results: dict[str, Any]) -> str:
     return f"{markdown(('a training step', *names), rows)}\n\n{products}"
 
 
+def plot_ways(
+    panels: Sequence[Axes],
+    results: dict[str, Any],
+    sizes: dict[str, Size],
+    ways: Iterable[str],
+    share: Callable[[str, str], float],
+) -> None:
+    """Draw the time of a step by the operations in it, and what `share` says of a size and way."""
+    times, shares = panels
+    flops = [size.flops / 1e9 for size in sizes.values()]
+    for way in ways:
+        look = {"lw": 2.5, "color": BLUE, "zorder": 3} if way == "train()" else {"lw": 1}
+        medians = [results[name][way]["median"] * 1000 for name in sizes]
+        times.plot(flops, medians, "o-", label=way, **look)
+        shares.plot(flops, [100 * share(name, way) for name in sizes], "o-", **look)
+    times.set(ylabel="ms", yscale="log")
+    shares.set(ylabel="%", ylim=(0, 105))
+    for axes in panels:
+        axes.set(xlabel="billion operations in a step", xscale="log")
+    times.legend(frameon=False, loc="lower right", fontsize="small")
+
+
 def chart(results: dict[str, Any], path: Path) -> None:
-    """Draw the time of a step by the operations in it, as a PNG."""
-    flops = [size.flops / 1e9 for size in SIZES.values()]
+    """Draw the time of a step, and its share of the fastest matrix product, as a PNG."""
     peak = peaks(results)
     best = max(peak.values())
     with drawing(path, 12, 4.5, columns=2) as (times, shares):
-        for way in WAYS:
-            look = {"lw": 2.5, "color": BLUE, "zorder": 3} if way == "train()" else {"lw": 1}
-            medians = [results[name][way]["median"] * 1000 for name in SIZES]
-            times.plot(flops, medians, "o-", label=way, **look)
-            reached = [100 * of_peak(results, name, way, best) for name in SIZES]
-            shares.plot(flops, reached, "o-", **look)
+        share = functools.partial(of_peak, results, peak=best)
+        plot_ways((times, shares), results, SIZES, WAYS, share)
         own = 100 * peak["PyTorch"] / best
         shares.axhline(own, color=GREY, ls=":", lw=1)
-        shares.text(flops[0], own + 1, "PyTorch's own matrix product", color=GREY)
-        times.set(title="A training step", ylabel="ms", yscale="log")
-        shares.set(title="Share of the fastest matrix product", ylabel="%", ylim=(0, 105))
-        for axes in (times, shares):
-            axes.set(xlabel="billion operations in a step", xscale="log")
-        times.legend(frameon=False)
+        start = shares.get_xlim()[0] * 2
+        shares.text(start, own + 1, "PyTorch's own matrix product", color=GREY)
+        times.set_title("A training step")
+        shares.set_title("Share of the fastest matrix product")
 
 
 ENTRY = Entry(

@@ -104,9 +104,8 @@ def chart(results: dict[str, Any], path: Path) -> None:
         for axes, (name, measured) in zip(panels, results.items(), strict=True):
             steps = torch.linspace(1, measured["steps"], len(measured["losses"])).tolist()
             axes.plot(steps, measured["losses"], color=BLUE, lw=1)
-            axes.set(
-                title=f"{name}: {measured['parameters']:,} parameters", xlabel="step", ylabel="loss"
-            )
+            title = f"{name}\n{measured['parameters']:,} parameters"
+            axes.set(title=title, xlabel="step", ylabel="loss")
             axes.set_ylim(0)
 
 
