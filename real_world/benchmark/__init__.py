@@ -1,4 +1,4 @@
-"""Every ratio that `real_world/README.md` quotes, measured side by side in one run.
+"""The speeds that `real_world/README.md` compares outside its transcripts, measured side by side.
 
     python -m real_world.benchmark            all entries
     python -m real_world.benchmark service    one

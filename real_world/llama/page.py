@@ -59,9 +59,9 @@ def write_on(
     print(printable(said), end="", flush=True)
     try:
         for token in generate(model, prompt.to(device), chosen.tokens, **sampling):
-            if token.item() in ends:
-                break
             tokens.append(token.item())
+            if tokens[-1] in ends:
+                break
             text = tokenizer.decode(tokens) if tokenizer else bytes(tokens).decode(errors="replace")
             if not text.endswith("\ufffd"):  # the rest of a character is still to come
                 print(printable(text[len(said) :]), end="", flush=True)
