@@ -1,405 +1,300 @@
-"""The sixteen tests of step 5: each proves one sentence of the article about `lesson_code.py`.
+"""Sixteen tests of lesson_code.py: `pytest test_lesson.py -v`.
 
-    pytest test_lesson.py -v
-
-They run on CUDA where there is a GPU, else on the CPU.
+They are grouped by section. Each shows one thing that the article says, and is an example of how to
+test it in a project of your own. They run on a CUDA GPU if available, otherwise on the CPU.
 """
 
 import copy
-import pickle
-import re
-import zipfile
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from torch import nn
+import torch.nn as nn
 
 import lesson_code as lesson
 
 DEVICE = lesson.select_device()
+CRITERION = nn.CrossEntropyLoss()
 
 
-# Step 1: environment
+# Section 1: environment setup
 
 
-def test_a_device_is_chosen_by_name_or_refused(monkeypatch):
-    """The article: "moving tensors between devices", and "CPU-only machines" run everything."""
-    moved = torch.ones(2).to(DEVICE)
-    assert moved.device.type == DEVICE.type
-    assert moved.to(DEVICE) is moved
-    assert moved.to("cpu").tolist() == [1, 1]
-    elsewhere = torch.device("meta")  # a second device that every machine has, of shapes alone
-    lesson.tensor_operations(elsewhere)
-    data, (model, _) = lesson.lesson_data(0, elsewhere), lesson.untrained(0, elsewhere)
-    assert {tensor.device for tensor in (*data, *model.parameters())} == {elsewhere}
+def test_select_device(monkeypatch):
+    """`auto` is CUDA if available; an unavailable device is refused, and the others are listed."""
+    assert torch.ones(2, device=DEVICE).device.type == DEVICE.type
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # a Mac
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lesson.select_device("auto") == torch.device("cpu")
+    assert lesson.select_device("mps") == torch.device("mps")
+    with pytest.raises(ValueError, match=r"'cuda' is not available .*auto, cpu, mps\)"):
+        lesson.select_device("cuda")
 
-    def offered() -> set[str]:
-        names = ("cpu", "cuda", "cuda:0", "cuda:1", "cuda:2", "mps")
-        with pytest.raises(ValueError, match="no device 'tpu' on this machine") as refusal:
-            lesson.select_device("tpu")
-        listed = set(str(refusal.value).split("it has ")[1].split(", ")) - {"auto"}
-        for name in listed:
-            assert str(lesson.select_device(name)) == name
-        for name in {*names} - listed:
-            with pytest.raises(ValueError, match=name):
-                lesson.select_device(name)
-        return listed
-
-    def machine(cuda_gpus: int, mps: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda_gpus)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-
-    machine(cuda_gpus=0, mps=False)
-    assert offered() == {"cpu"}
-    machine(cuda_gpus=0, mps=True)
-    assert offered() == {"cpu", "mps"}
-    assert lesson.select_device() == torch.device("cpu")
-    machine(cuda_gpus=2, mps=False)
-    assert offered() == {"cpu", "cuda", "cuda:0", "cuda:1"}
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)  # two NVIDIA GPUs
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert lesson.select_device() == torch.device("cuda")
+    assert lesson.select_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"'cuda:2' .*auto, cpu, cuda, cuda:0, cuda:1\)"):
+        lesson.select_device("cuda:2")
 
 
-# Step 2: tensor operations
+# Section 2: tensor operations
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[str, torch.Tensor]:
-    """Return the tensors that step 2 makes."""
-    return lesson.tensor_operations(DEVICE)
+def test_tensor_operations(capsys):
+    """The section prints the article's shape and dtype, and passes its 11 checks."""
+    lesson.tensor_operations(lesson.DEFAULTS)
+    printed = capsys.readouterr().out
+    assert printed.startswith("torch.Size([2, 2])\ntorch.float32\ncpu\n")
+    assert "[0, 1, 2, 3, 4] dimensions" in printed
+    assert "tensor([[20., 23., 26., 29.],\n        [56., 68., 80., 92.]])" in printed
+    assert f"a @ a.T, on {DEVICE.type}" in printed
+    assert printed.count(" ok\n") == 11
 
 
-def test_every_tensor_has_a_shape_and_a_dtype(made):
-    """The article: "a scalar is a 0-dimensional tensor, a vector is 1-D, a matrix is 2-D"."""
-    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
-        **{"scalar": (), "vector": (3,), "x": (2, 2), "images": (8, 3, 32, 32)},
-        **{"zeros": (2, 3), "ones": (2, 3), "noise": (100, 100)},
-        **{"a": (2, 3), "product": (2, 4), "view": (3, 2), "copy": (6,)},
-    }
-    assert {tensor.dtype for tensor in made.values()} == {torch.float32}
-    assert not made["zeros"].any()
-    assert made["ones"].eq(1).all()
-    torch.manual_seed(0)
-    assert made["noise"].equal(torch.randn(100, 100))
-    assert made["x"].tolist() == [[2, 3], [4, 5]], "the article's x, after x.add_(1)"
-    assert (made["scalar"].tolist(), made["vector"].tolist()) == (3, [1, 2, 3])
+def test_matmul_is_the_core_of_a_linear_layer():
+    x = torch.randn(5, 4)
+    linear = lesson.SimpleNet().linear
+    by_hand = torch.matmul(x, linear.weight.T) + linear.bias
+    torch.testing.assert_close(linear(x), by_hand)
 
 
-def test_matmul_multiplies_rows_by_columns(made):
-    """The article: "torch.matmul(a, b): matrix multiplication, the core of every Linear layer"."""
-    assert made["product"].tolist() == [[20, 23, 26, 29], [56, 68, 80, 92]]
-    x, linear = torch.randn(5, 4), lesson.SimpleNet().linear
-    by_matmul = torch.matmul(x, linear.weight.T) + linear.bias
-    torch.testing.assert_close(linear(x), by_matmul)
+# Section 3: autograd walkthrough
 
 
-def test_reshape_shares_memory_unless_it_has_to_copy(made):
-    """The article: "reshape without copying data in memory", where the layout allows it."""
-    assert made["view"].data_ptr() == made["a"].data_ptr()
-    assert made["a"].tolist() == [[100, 1, 2], [3, 4, 5]]
-    assert made["copy"].data_ptr() != made["a"].data_ptr()
-    assert made["copy"].tolist() == [0, -1, 1, 4, 2, 5]
-
-
-# Step 3: autograd
-
-
-def test_the_gradient_of_the_articles_loss_is_minus_18():
-    """The article: "print(w.grad)  # tensor(-18.)", by the chain rule "at every node"."""
+def test_gradient_of_the_articles_loss():
+    """d(loss)/dw is -18, and a second backward() adds another -18."""
     w = torch.tensor(2.0, requires_grad=True)
-    lesson.article_loss(w).backward()
+    loss = (w * 3 - 9) ** 2
+    names = ["PowBackward0", "SubBackward0", "MulBackward0", "AccumulateGrad"]
+    assert lesson.recorded_graph(loss) == names
+    loss.backward()
     assert w.grad == -18
-    assert lesson.chain_rule() == [
-        ("PowBackward0", "(w * 3 - 9) ** 2", 9, 1),
-        ("SubBackward0", "w * 3 - 9", -3, -6),
-        ("MulBackward0", "w * 3", 6, -6),
-        ("AccumulateGrad", "w", 2, -18),
-    ]
-    assert lesson.chain_rule(4.0)[-1] == ("AccumulateGrad", "w", 4, 18)
-    shared = w.exp()
-    names = ["AddBackward0", "SinBackward0", "CosBackward0", "ExpBackward0", "AccumulateGrad"]
-    assert lesson.recorded_graph(shared.sin() + shared.cos()) == names, "each node once"
+    ((w * 3 - 9) ** 2).backward()
+    assert w.grad == -36
 
 
-def test_the_graph_follows_the_data_and_its_gradient_is_right():
-    """The article: "You can use normal Python control flow directly in your model logic"."""
-    recorded = {
-        5.0: ["PowBackward0", *["DivBackward0"] * 3, "AccumulateGrad"],
+def test_autograd_walkthrough(capsys):
+    """The section prints the value and the gradient of every tensor, and a table of the descent."""
+    lesson.autograd_walkthrough(lesson.DEFAULTS)
+    printed = capsys.readouterr().out
+    assert printed.startswith("tensor(-18.)\n")
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["loss", "9", "1", "PowBackward0"] in rows
+    assert ["difference", "-3", "-6", "SubBackward0"] in rows
+    assert ["product", "6", "-6", "MulBackward0"] in rows
+    assert ["w", "2", "-18", "AccumulateGrad"] in rows
+    assert ["2", "2.5400", "1.9044", "-8.2800", "2.5400", "1.9044", "-26.2800"] in rows
+    assert ["20", "3.0000", "0.0000", "-0.0000", "3.5492", "2.7144", "-16.1160"] in rows
+    assert "x = 0.5: PowBackward0 AccumulateGrad\n" in printed
+    assert printed.count(" ok\n") == 6
+
+
+def test_gradient_descent_converges():
+    """Each of 20 iterations multiplies the distance from 3 by 1 - 0.03 * 18 = 0.46."""
+    w, losses, grads = lesson.gradient_descent()
+    assert w == pytest.approx([3 - 0.46**i for i in range(21)], abs=1e-6)
+    assert losses == pytest.approx([(3 * w_i - 9) ** 2 for w_i in w[:20]], abs=1e-5)
+    assert grads == pytest.approx([18 * (w_i - 3) for w_i in w[:20]], abs=1e-5)
+    assert abs(w[-1] - 3) < 1e-6
+
+
+def test_gradients_accumulate_without_zero_grad():
+    w, _, grads = lesson.gradient_descent(zero_grad=False)
+    sums = [sum(18 * (w_i - 3) for w_i in w[: i + 1]) for i in range(20)]
+    assert grads == pytest.approx(sums, abs=1e-3)
+    assert max(w[10:]) > 4  # it still oscillates
+    assert min(w[10:]) < 2
+
+
+def test_graph_depends_on_the_data():
+    """A while loop and an if decide which operations are recorded."""
+    graphs = {
+        5.0: ["PowBackward0", "DivBackward0", "DivBackward0", "DivBackward0", "AccumulateGrad"],
         1.0: ["PowBackward0", "AccumulateGrad"],
         -0.5: ["SinBackward0", "AccumulateGrad"],
-        -3.0: ["SinBackward0", *["DivBackward0"] * 2, "AccumulateGrad"],
+        0.0: ["SinBackward0", "AccumulateGrad"],
     }
-    for value, names in recorded.items():
-        x = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-        assert lesson.recorded_graph(lesson.follow_the_data(x)) == names
-        if value != 1.0:  # where one graph gives way to another, the function has a corner
-            assert torch.autograd.gradcheck(lesson.follow_the_data, x)
-    assert lesson.follow_the_data(torch.tensor(5.0)) == 0.625**2
-    assert lesson.follow_the_data(torch.tensor(0.0)) == 0
+    for value, names in graphs.items():
+        x = torch.tensor(value, requires_grad=True)
+        assert lesson.recorded_graph(lesson.data_dependent(x)) == names
+    assert lesson.data_dependent(torch.tensor(5.0)) == 0.625**2
+    assert lesson.data_dependent(torch.tensor(-3.0)) == torch.tensor(-0.75).sin()
 
 
-def test_descent_by_hand_converges_in_20_iterations():
-    """The article: "Running 20 iterations should converge cleanly"."""
-    path, losses = lesson.gradient_descent()
-    shrink = 1 - 18 * 0.03  # each update multiplies the distance to the minimum by this
-    assert path == pytest.approx([3 - shrink**i for i in range(21)], abs=1e-6)
-    assert losses == pytest.approx([9 * shrink ** (2 * i) for i in range(21)], abs=1e-5)
-    assert lesson.gradient_descent(start=3.0, iterations=2) == ([3, 3, 3], [0, 0, 0])
+# Section 4: build and train a two-layer network
 
 
-def test_forgetting_zero_grad_adds_up_gradients_and_never_settles():
-    """The article: "If you forget to zero gradients, your updates will be wrong"."""
-    w = torch.tensor(2.0, requires_grad=True)
-    lesson.article_loss(w).backward()
-    lesson.article_loss(w).backward()
-    assert w.grad == 2 * -18
-    position, accumulated, expected = 2.0, 0.0, [2.0]
-    for _ in range(20):
-        accumulated += 18 * (position - 3)
-        position -= 0.03 * accumulated
-        expected.append(position)
-    path, _ = lesson.gradient_descent(zero_grad=False)
-    assert path == pytest.approx(expected, abs=1e-4)
-    assert max(abs(w - 3) for w in path[-10:]) > 1
+def test_parameters_are_registered():
+    """Assigning a layer to `self` is enough: the optimizer then finds its parameters."""
+    names = [name for name, _ in lesson.SimpleNet().named_parameters()]
+    assert names == ["linear.weight", "linear.bias"]
+    model = lesson.SimpleClassifier()
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    assert shapes == [(16, 4), (16,), (3, 16), (3,)]
+    assert [type(layer) for layer in model.children()] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-# Step 4: build and train
-
-
-def test_assigning_a_layer_registers_its_parameters():
-    """The article: "PyTorch uses the class structure to automatically register parameters"."""
-
-    def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-    assert shapes(lesson.SimpleNet()) == {"linear.weight": (2, 4), "linear.bias": (2,)}
-    weights = {"hidden.weight": (16, 4), "output.weight": (3, 16)}
-    assert shapes(lesson.SimpleClassifier()) == weights | {
-        "hidden.bias": (16,),
-        "output.bias": (3,),
-    }
-    assert [type(layer) for layer in lesson.SimpleClassifier().children()] == [
-        nn.Linear,
-        nn.ReLU,
-        nn.Linear,
-    ]
-
-
-def test_logits_have_one_row_a_sample_and_one_column_a_class():
-    """The article: "implement the forward pass in forward()"; step 5 turns logits into classes."""
-    assert lesson.SimpleNet()(torch.randn(3, 4)).shape == (3, 2)
+def test_forward_predict_and_evaluate():
+    """A row of logits per sample: softmax turns it into probabilities, argmax selects a class."""
     model = lesson.SimpleClassifier(5, 7, 2).to(DEVICE)
-    X = torch.randn(6, 5, device=DEVICE)
-    hidden = (X @ model.hidden.weight.T + model.hidden.bias).clamp(min=0)
-    logits = hidden @ model.output.weight.T + model.output.bias
+    X, _ = lesson.make_synthetic_data(6, in_features=5, device=DEVICE)
+    hidden = (X @ model.fc1.weight.T + model.fc1.bias).clamp(min=0)  # ReLU
+    logits = hidden @ model.fc2.weight.T + model.fc2.bias
     torch.testing.assert_close(model(X), logits)
     assert logits.shape == (6, 2)
 
+    grad_modes = []
+    model.register_forward_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
     classes, probabilities = lesson.predict(model, X)
-    expected = logits.exp() / logits.exp().sum(dim=1, keepdim=True)
-    torch.testing.assert_close(probabilities, expected.detach())
+    torch.testing.assert_close(probabilities, logits.exp() / logits.exp().sum(dim=1, keepdim=True))
     assert classes.equal((logits[:, 1] > logits[:, 0]).long())
-    assert not probabilities.requires_grad
-    for features in (X.tolist(), X.double().cpu().numpy()):
-        assert lesson.predict(model, features)[0].equal(classes)
-    wrong_once = torch.cat([classes[:5], 1 - classes[5:]])
-    accuracy = lesson.accuracy(model, X, wrong_once)
-    assert (type(accuracy), accuracy) == (float, pytest.approx(5 / 6))
+    assert not model.training  # eval mode
+    model.train()
+    one_wrong = torch.cat([classes[:5], 1 - classes[5:]])
+    loss, accuracy = lesson.evaluate(model, X, one_wrong)
+    assert loss == pytest.approx(CRITERION(logits, one_wrong).item())
+    assert accuracy == pytest.approx(5 / 6)
+    assert not model.training
+    assert grad_modes == [False, False]
 
 
-def test_the_loss_falls_at_every_one_of_100_epochs():
-    """The article: "Print the loss every 10 epochs and confirm it decreases monotonically"."""
-    X, y = lesson.make_synthetic_data(device=DEVICE)
-    model, _ = lesson.untrained(0, DEVICE)
-    before = nn.functional.cross_entropy(model(X), y).item()
-    seen = []
-    losses = lesson.train(model, X, y, on_epoch=lambda *seen_now: seen.append(seen_now))
-    assert len(losses) == 100
-    assert lesson.rises(losses) == []
-    assert lesson.rises([4, 3, 3, 2, 5]) == [3, 5]
-    assert losses[0] == pytest.approx(before)
-    assert [(epoch, loss.item()) for epoch, loss in seen] == list(enumerate(losses))
-    assert not seen[0][1].requires_grad, "a kept loss must not keep its graph"
-    assert lesson.train(model, X, y, epochs=0) == []
-
-
-def test_every_parameter_is_updated_by_its_own_fresh_gradient():
-    """The article: "1. Clear gradients", "4. Backpropagation", "5. Update weights"."""
-    X, y = lesson.make_synthetic_data(device=DEVICE)
-    model, _ = lesson.untrained(0, DEVICE)
-    by_hand, criterion = copy.deepcopy(model), nn.functional.multi_margin_loss
-    for _ in range(3):
-        parameters = list(by_hand.parameters())
-        gradients = torch.autograd.grad(criterion(by_hand(X), y), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            assert gradient.any()
-            parameter.data -= 0.1 * gradient
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    lesson.train(model, X, y, criterion=criterion, optimizer=optimizer, epochs=3)
-    for parameter, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected)
-
-
-def test_equal_seeds_give_equal_data_and_equal_losses():
-    """The article: "torch.randn for features and torch.randint for labels"."""
+def test_same_seed_same_data_and_model():
     X, y = lesson.make_synthetic_data(300, 5, 4, seed=7, device=DEVICE)
-    assert (X.shape, X.dtype, y.shape, y.dtype) == ((300, 5), torch.float32, (300,), torch.int64)
-    assert X.device.type == y.device.type == DEVICE.type
+    assert (X.shape, X.dtype) == ((300, 5), torch.float32)
+    assert (y.shape, y.dtype) == ((300,), torch.int64)
     assert y.unique().tolist() == [0, 1, 2, 3]
     assert abs(X.mean()) < 0.1
     assert abs(X.std() - 1) < 0.1
-    again, other = (lesson.make_synthetic_data(300, 5, 4, seed=seed) for seed in (7, 8))
-    assert again[0].equal(X.cpu())
-    assert again[1].equal(y.cpu())
-    assert not other[0].equal(X.cpu())
-
-    X, y, *fresh = lesson.lesson_data(3, DEVICE)
-    training = lesson.make_synthetic_data(seed=3, device=DEVICE)
-    unseen = lesson.make_synthetic_data(2000, seed=4, device=DEVICE)
-    for tensor, expected in zip((X, y, *fresh), (*training, *unseen), strict=True):
-        assert tensor.equal(expected)
-    assert (X.shape, y.unique().numel()) == ((100, 4), 3)
-    assert lesson.make_synthetic_data()[0].equal(lesson.make_synthetic_data(seed=0)[0])
-
-    def losses(seed: int, default: bool = False) -> list[float]:
-        model, optimizer = lesson.untrained(seed, DEVICE)
-        chosen = {} if default else {"optimizer": optimizer}
-        return lesson.train(model, X, y, epochs=10, **chosen)
-
-    assert losses(3) == losses(3) == losses(3, default=True)
-    assert losses(3) != losses(4)
+    assert X.device.type == y.device.type == DEVICE.type
+    X_again, y_again = lesson.make_synthetic_data(300, 5, 4, seed=7)
+    assert X_again.equal(X.cpu())
+    assert y_again.equal(y.cpu())
+    X_other, _ = lesson.make_synthetic_data(300, 5, 4, seed=8)
+    assert not X_other.equal(X_again)
+    weights = [lesson.build_model(seed, DEVICE)[0].fc1.weight for seed in (7, 7, 8)]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+    assert weights[0].device.type == DEVICE.type
 
 
-# Step 5: verify, test and demo
+def test_loss_decreases_monotonically():
+    """For 100 epochs, starting near ln 3, the loss of a random guess."""
+    X, y = lesson.make_synthetic_data(device=DEVICE)
+    model, optimizer = lesson.build_model(0, DEVICE)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    losses = lesson.train(model, [(X, y)], CRITERION, optimizer)
+    assert len(losses) == 100
+    assert losses[0] == pytest.approx(math.log(3), abs=0.3)
+    assert all(losses[i + 1] < losses[i] for i in range(99))
+    assert losses[-1] < 0.75
 
 
-def test_the_lesson_runs_and_its_checkpoint_reloads_exactly(tmp_path, capsys, monkeypatch):
-    """The article: "a fully trained neural network [...] and a saved model checkpoint"."""
-    lesson.trained.cache_clear()
-    monkeypatch.chdir(tmp_path)
-    options = ["--epochs", "60", "--output", str(tmp_path), "--no-figure"]
-    assert lesson.main(options) == 0
-    transcript = capsys.readouterr().out
-    assert transcript.count(" ok\n") >= 35
-    assert re.findall(r"   epoch +(\d+)", transcript) == ["10", "20", "30", "40", "50", "60"]
-    for shown in (
-        "Div Div Div Pow  ",
-        "  Pow  ",
-        "  Div Div Sin  ",
-        "up to 1.08 away",
-        "30 epochs,",
-    ):
-        assert shown in transcript
-    with pytest.raises(lesson.ClaimError, match="2 \\+ 2 is 5"):
-        lesson.check("2 + 2 is 5", 4, False)
+def test_train_is_gradient_descent_on_every_batch():
+    """The five lines, compared with gradients and updates by hand."""
+    model, _ = lesson.build_model(0, DEVICE)
+    by_hand = copy.deepcopy(model)
+    X, y = lesson.make_synthetic_data(device=DEVICE)
+    batches = [(X[:60], y[:60]), (X[60:], y[60:])]
+    expected = []
+    for X, y in batches * 3:
+        loss = CRITERION(by_hand(X), y)
+        expected.append(loss.item())
+        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(by_hand.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
 
-    path = tmp_path / "lesson.pt"
-    kept, fresh_losses = lesson.trained(0, DEVICE, 60)
-    loaded = lesson.load_checkpoint(path, DEVICE)
-    assert (loaded.epoch, loaded.losses, loaded.sizes) == (60, kept.losses, (4, 16, 3))
-    assert len(fresh_losses) == 60
-    assert fresh_losses[-1] > 1.2
-    X = torch.randn(64, 4, device=DEVICE)
-    assert loaded.model(X).equal(kept.model(X))
-    optimizer = loaded.optimizer.state_dict()
-    assert (optimizer["param_groups"][0]["lr"], optimizer["state"][0]["step"]) == (0.01, 60)
-    assert lesson.load_checkpoint(path, "meta").model.output.bias.is_meta
-
-    class Interrupted:
-        def __reduce__(self):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        lesson.save_checkpoint(
-            path, lesson.Checkpoint(kept.model, kept.optimizer, 1, [Interrupted()])
-        )
-    assert list(tmp_path.iterdir()) == [path], "what was half written is gone"
-    assert lesson.load_checkpoint(path).epoch == 60, "and the old checkpoint is whole"
+    model.eval()
+    steps = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = lesson.train(model, batches, CRITERION, optimizer, 3, lambda *step: steps.append(step))
+    assert losses == pytest.approx(expected)
+    for parameter, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+    assert [(step, loss.item()) for step, loss in steps] == list(enumerate(losses))
+    assert not steps[0][1].requires_grad  # a stored loss must not keep its graph in memory
+    assert model.training
+    assert lesson.train(model, [], CRITERION, optimizer) == []
 
 
-def test_training_resumed_from_a_checkpoint_equals_training_uninterrupted(tmp_path):
-    """The article: nn.Module is what lets PyTorch "save and load checkpoints"."""
-    X, y = lesson.make_synthetic_data(50, 5, 2, device=DEVICE)
-    path = str(tmp_path / "halfway.pt")
-    for name, settings in (("Adam", {"lr": 0.02}), ("SGD", {"lr": 0.1, "momentum": 0.9})):
+# Section 5: verify, test and demo
+
+
+def test_checkpoint_reloads_and_resumes(tmp_path):
+    """Five epochs, saved, loaded, and five more give exactly the same as ten."""
+    batches = [lesson.make_synthetic_data(50, 5, 2, device=DEVICE)]
+    path = tmp_path / "model.pt"
+    for optimizer_class, settings in ((torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9})):
         model = lesson.SimpleClassifier(5, 7, 2).to(DEVICE)
-        optimizer = getattr(torch.optim, name)(model.parameters(), **settings)
-        losses = lesson.train(model, X, y, optimizer=optimizer, epochs=5)
-        lesson.save_checkpoint(path, lesson.Checkpoint(model, optimizer, 5, losses))
-        uninterrupted = lesson.train(model, X, y, optimizer=optimizer, epochs=5)
-
+        optimizer = optimizer_class(model.parameters(), lr=0.02, **settings)
+        losses = lesson.train(model, batches, CRITERION, optimizer, epochs=5)
+        lesson.save_checkpoint(path, model, optimizer, losses)
         random_state = torch.get_rng_state()
-        resumed = lesson.load_checkpoint(path, DEVICE)
-        assert torch.get_rng_state().equal(random_state), "loading draws no random numbers"
-        assert resumed.losses == losses
-        again = lesson.train(resumed.model, X, y, optimizer=resumed.optimizer, epochs=5)
-        assert again == uninterrupted
-        for parameter, expected in zip(resumed.model.parameters(), model.parameters(), strict=True):
-            assert parameter.equal(expected)
+        loaded, loaded_optimizer, loaded_losses = lesson.load_checkpoint(path, DEVICE)
+        assert torch.get_rng_state().equal(random_state)  # loading draws no random numbers
+        assert loaded_losses == losses
+        assert lesson.predict(loaded, batches[0][0])[1].equal(
+            lesson.predict(model, batches[0][0])[1]
+        )
+        more = lesson.train(model, batches, CRITERION, optimizer, epochs=5)
+        assert lesson.train(loaded, batches, CRITERION, loaded_optimizer, epochs=5) == more
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
 
-def test_a_bad_checkpoint_is_refused_with_a_sentence_and_never_run(tmp_path, monkeypatch):
-    """Not in the article: PyTorch's checkpoints are pickles, and a pickle can run any code."""
-    path, trap = tmp_path / "lesson.pt", tmp_path / "trap"
-    model, optimizer = lesson.untrained(0, torch.device("cpu"))
-    lesson.save_checkpoint(path, lesson.Checkpoint(model, optimizer, 0, []))
-    whole = path.read_bytes()
-    content = torch.load(path, weights_only=True)
-    weights = model.output.weight.detach().numpy().tobytes()
-    altered = bytearray(whole)
-    altered[whole.index(weights) + 5] ^= 1
-    folder = bytearray(whole)  # the archive's index says of a tensor that it is a folder
-    folder[whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0")) + 38] |= 0x10
+def test_bad_checkpoint_is_refused(tmp_path):
+    """A checkpoint is a pickle, and a pickle can run code: load only tensors and plain values."""
+    path = tmp_path / "model.pt"
+    model, optimizer = lesson.build_model(0, "cpu")
+    lesson.save_checkpoint(path, model, optimizer, [])
+    saved = path.read_bytes()
+    corrupted = bytearray(saved)
+    corrupted[saved.index(model.fc2.weight.detach().numpy().tobytes())] ^= 1  # one bit of a weight
 
     class Malicious:
         def __reduce__(self):
-            return Path.touch, (trap,)
+            return (tmp_path / "executed").touch, ()
 
-    def zipped(file: Path) -> None:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("readme.txt", "not a checkpoint")
-
-    bad = {
-        r"does not exist": [Path.unlink],
-        r"cannot be read \(.+\)": [lambda file: (file.unlink(), file.mkdir())],
-        r"is empty or no PyTorch file": [
-            lambda file: file.write_bytes(b""),
-            lambda file: file.write_text("a text"),
-            lambda file: file.write_bytes(pickle.dumps(Malicious())),
-        ],
-        r"is cut short": [lambda file: file.write_bytes(whole[:-100])],
-        r"was altered: \S+ does not match its checksum": [
-            lambda file: file.write_bytes(altered),
-        ],
-        r"was altered: a record is marked as a folder": [
-            lambda file: file.write_bytes(folder),
-        ],
-        r"holds more than tensors and plain values; none of it was run": [
-            lambda file: torch.save(Malicious(), file),
-            lambda file: torch.save(model, file),
-        ],
-        r"was altered, or is no checkpoint of this lesson": [
-            zipped,
-            lambda file: torch.save([1, 2, 3], file),
-            lambda file: torch.save(model.state_dict(), file),
-            lambda file: torch.save(content | {"sizes": (4, 5, 3)}, file),
-            lambda file: torch.save(content | {"losses": ["low"]}, file),
-            lambda file: torch.save(content | {"epoch": None}, file),
-            lambda file: torch.save(content | {"optimizer_class": "lr_scheduler"}, file),
-            lambda file: torch.save(content | {"optimizer_class": "Trap"}, file),
-        ],
+    bad_files = {
+        "missing": path.unlink,
+        "truncated": lambda: path.write_bytes(saved[:-100]),
+        "corrupted": lambda: path.write_bytes(corrupted),
+        "not ours": lambda: torch.save(model.state_dict(), path),
+        "malicious": lambda: torch.save(Malicious(), path),
     }
-    no_optimizer = type("Trap", (), {"__init__": lambda self, parameters: trap.touch()})
-    monkeypatch.setattr(torch.optim, "Trap", no_optimizer, raising=False)
-    advice = "'python lesson_code.py --section 5' makes a new one"
-    for sentence, makers in bad.items():
-        for make in makers:
-            path.touch()
-            make(path)
-            with pytest.raises(lesson.CheckpointError) as refusal:
-                lesson.load_checkpoint(path)
-            expected = f"{re.escape(str(path))} {sentence}; {re.escape(advice)}"
-            assert re.fullmatch(expected, str(refusal.value))
-            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-    assert not trap.exists()
+    for make_bad in bad_files.values():
+        make_bad()
+        with pytest.raises(lesson.CheckpointError, match=r"cannot load .*model\.pt \(\w+: .+\); "):
+            lesson.load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_lesson_runs(tmp_path, capsys, monkeypatch):
+    """The whole lesson passes its checks; a check that fails stops it with status 1."""
+    output = tmp_path / "new" / "folder"
+    assert lesson.main(["--epochs", "60", "--seed", "0", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\nSection ") == 5
+    assert printed.count(" ok\n") == 26  # one for each check()
+    assert printed.count("\n    -> ") == 14 + torch.cuda.is_available()  # mistakes
+    assert "  fc1.weight  (16, 4)\n  fc1.bias    (16,)\n" in printed
+    assert "  epoch   60  loss 0.83" in printed
+    assert "  training accuracy " in printed
+    assert printed.count("\n  class ") == 4
+    assert f"saved {output / 'lesson.png'}\n" in printed
+    assert (output / "lesson.png").stat().st_size > 10_000
+    model, _, losses = lesson.load_checkpoint(output / "lesson.pt")
+    assert len(losses) == 60
+    assert lesson.evaluate(model, *lesson.make_synthetic_data())[0] < losses[-1]
+
+    for wrong_option in (["--epochs", "0"], ["--device", "gpu"], ["--section", "6"]):
+        with pytest.raises(SystemExit):
+            lesson.main(wrong_option)
+    monkeypatch.setattr(lesson, "SimpleNet", lambda: nn.Linear(4, 5))
+    assert lesson.main(["--section", "4"]) == 1
+    assert "check failed: SimpleNet, 3 samples" in capsys.readouterr().err
+    with pytest.raises(lesson.CheckFailed), lesson.mistake(ValueError, "", "no error is raised"):
+        pass
+    with pytest.raises(ValueError, match="other words"), lesson.mistake(ValueError, "some", ""):
+        raise ValueError("other words")

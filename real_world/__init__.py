@@ -20,11 +20,29 @@ from pathlib import Path
 
 try:
     import torch
+    from torch import nn
     from tqdm import tqdm
 
     import lesson_code as lesson
 except KeyboardInterrupt:  # importing torch takes seconds
     sys.exit(130)
+
+
+def heading(title: str, quote: str) -> None:
+    """Print the heading of a step, and what the article says there."""
+    print(f'\n{title}\n{"=" * len(title)}\n  "{quote}"\n')
+
+
+def show(label: str, value: object) -> None:
+    """Print what it is and its value, aligned."""
+    print(f"  {label:<32} {value}")
+
+
+def whole_number(text: str, least: int = 0, most: int = 2**32 - 1) -> int:
+    """Convert an option's text; raise ArgumentTypeError, which says what would be right."""
+    if text.isdecimal() and least <= int(text) <= most:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
 
 
 def device(name: str) -> torch.device:
@@ -44,12 +62,12 @@ COMMON = {
     "--output": {
         "metavar": "DIR",
         "type": Path,
-        "default": lesson.CHECKPOINTS,
+        "default": lesson.OUTPUT,
         "help": "the folder to write in (default: checkpoints/)",
     },
     "--seed": {
         "metavar": "N",
-        "type": lesson.whole_number,
+        "type": whole_number,
         "default": 0,
         "help": "of all that is drawn at random (default: 0)",
     },
@@ -101,23 +119,27 @@ def writable(folder: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def lesson_checkpoint(path: Path) -> lesson.Checkpoint:
-    """Return the checkpoint at `path` on the CPU; where there is none, train and save it first.
+def lesson_checkpoint(path: Path) -> lesson.SimpleClassifier:
+    """Return the network at `path` on the CPU; where there is none, train and save it first.
 
     Raises CheckpointError where `path` holds something else, or weights that are no numbers.
     """
     if not path.exists():
-        lesson.show("no checkpoint yet", f"training one for {shown(path)}")
-        trained, _ = lesson.trained(0, torch.device("cpu"), 100)
+        show("no checkpoint yet", f"training one for {shown(path)}")
+        print("\n  The five-line loop, 100 epochs on cpu:")
+        X, y = lesson.make_synthetic_data(seed=0)
+        model, optimizer = lesson.build_model(0, torch.device("cpu"))
+        losses = lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, 100)
+        for epoch in range(10, 101, 10):
+            print(f"    epoch {epoch:>4}    loss {losses[epoch - 1]:.4f}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lesson.save_checkpoint(path, trained)
+        lesson.save_checkpoint(path, model, optimizer, losses)
         print()
     with quiet():  # of a file of another kind torch warns before it is refused
-        checkpoint = lesson.load_checkpoint(path)
-    if not all(weights.isfinite().all() for weights in checkpoint.model.parameters()):
+        model, _, _ = lesson.load_checkpoint(path)
+    if not all(weights.isfinite().all() for weights in model.parameters()):
         raise lesson.CheckpointError(f"{path} holds weights that are not finite; train it again")
-    checkpoint.model.float()  # what distributed.py trains is float64
-    return checkpoint
+    return model.float()  # what distributed.py trains is float64
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -155,7 +177,7 @@ def one_cycle(
 
 
 class Batches:
-    """on_epoch of train(): after each step, the next batch takes the place of the last.
+    """on_step of train(): after each step, the next batch takes the place of the last.
 
     The lesson's epoch is one step on all of its data. Here it is a step on some of them: `draw`
     returns X, a tensor or a tuple of them, and y, and each new batch is copied into the first one's
@@ -226,7 +248,7 @@ def run(page: str, body: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{page}: interrupted", file=sys.stderr)
         return 130
-    except (lesson.ClaimError, lesson.CheckpointError, OSError) as error:
+    except (lesson.CheckFailed, lesson.CheckpointError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else error
         print(f"{page}: {message}", file=sys.stderr)

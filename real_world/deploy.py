@@ -36,7 +36,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm  # progress, which keeps quiet where nobody watches
 
 import lesson_code as lesson
-from real_world import lesson_checkpoint, parser, quiet, run, shown
+from real_world import heading, lesson_checkpoint, parser, quiet, run, show, shown
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 """Features, (batch, in_features) float32, to logits, (batch, classes) float32."""
@@ -71,7 +71,7 @@ def compiled(model: nn.Module) -> Network:
     """Return `model` under torch.compile, which has compiled it for one row and for any number."""
     network = torch.compile(model, dynamic=True, fullgraph=True)
     for rows in (1, 2):  # a size of 1 is its own case to the compiler
-        network(torch.zeros(rows, model.hidden.in_features))
+        network(torch.zeros(rows, model.fc1.in_features))
     return network
 
 
@@ -93,7 +93,7 @@ def load_compiled(path: Path, model: nn.Module) -> Network:
 def exported(model: nn.Module, most: int | None = None) -> torch.export.ExportedProgram:
     """Return the graph of `model` for a batch of 1 to `most` rows, or of any number."""
     batch = torch.export.Dim("batch", min=1, max=most)
-    example = (torch.zeros(2, model.hidden.in_features),)
+    example = (torch.zeros(2, model.fc1.in_features),)
     return torch.export.export(model, example, dynamic_shapes=({0: batch},))
 
 
@@ -102,7 +102,7 @@ def build_aotinductor(model: nn.Module, path: Path) -> None:
 
     Its metadata says how wide a row is, which `cpp/predict.cpp` reads.
     """
-    metadata = {"in_features": str(model.hidden.in_features)}
+    metadata = {"in_features": str(model.fc1.in_features)}
     with empty_cache():
         torch._inductor.aoti_compile_and_package(
             exported(model),
@@ -180,10 +180,10 @@ def make(form: Form, model: nn.Module, rows: torch.Tensor, output: Path) -> Netw
             network = form.load(path, model)
     except (ImportError, BackendCompilerFailed) as error:
         reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
-        lesson.show(form.name, f"cannot be built here: {reason}")
+        show(form.name, f"cannot be built here: {reason}")
         return None
     size = f"{path.stat().st_size:,} bytes"
-    lesson.show(form.name, f"{form.file}, {size}, built in {built:.2f} s; for {form.runs}")
+    show(form.name, f"{form.file}, {size}, built in {built:.2f} s; for {form.runs}")
     for warning in said:
         if form.name == "TorchScript" and "torch.jit.script`" in warning:
             print(f'    it works, and warns: "{warning}"')
@@ -275,7 +275,7 @@ def answer_in_python(model: nn.Module, lines: TextIO, output: TextIO) -> None:
     numbers = itertools.count(1)
     reader = csv.reader(lines)
     while batch := list(itertools.islice(reader, 2000)):  # as many as the C++ program reads at once
-        features = [[float(value) for value in row] for row in batch]
+        features = torch.tensor([[float(value) for value in row] for row in batch])
         classes, probabilities = lesson.predict(model, features)
         for label, shares in zip(classes.tolist(), probabilities.tolist(), strict=True):
             output.write(f"{next(numbers)},{label},{','.join(map(repr, shares))}\n")
@@ -283,7 +283,7 @@ def answer_in_python(model: nn.Module, lines: TextIO, output: TextIO) -> None:
 
 def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
     """Hold the C++ program's answers against `predict`, and its speed against Python's."""
-    rows = torch.randn(1000, model.hidden.in_features, generator=torch.Generator().manual_seed(2))
+    rows = torch.randn(1000, model.fc1.in_features, generator=torch.Generator().manual_seed(2))
     classes, probabilities = lesson.predict(model, rows)
     cpp_classes, cpp_probabilities = ask_cpp(program, package, as_csv(rows))
     largest = (cpp_probabilities - probabilities).abs().max().item()
@@ -302,10 +302,8 @@ def check_cpp(program: Path, package: Path, model: nn.Module) -> None:
             answer_in_python(model, io.StringIO(text), nowhere)
             times["Python"].append(time.perf_counter() - start)
     cpp, python = (text.count("\n") / statistics.median(seconds) for seconds in times.values())
-    lesson.show("  rows a second, CSV to CSV", f"{cpp:,.0f}, with the start of the program")
-    lesson.show(
-        "  the same loop in Python, eager", f"{python:,.0f}: C++ is {cpp / python:.1f} x as fast"
-    )
+    show("  rows a second, CSV to CSV", f"{cpp:,.0f}, with the start of the program")
+    show("  the same loop in Python, eager", f"{python:,.0f}: C++ is {cpp / python:.1f} x as fast")
 
 
 # %% Running it
@@ -321,18 +319,18 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 def deploy(output: Path, cpp: bool) -> None:
     """Build, check and time every form of the checkpoint `lesson.pt` in `output`.
 
-    Raises ClaimError where a form answers something else, OSError where C++ cannot be built.
+    Raises CheckFailed where a form answers something else, OSError where C++ cannot be built.
     """
     quote = "TorchScript mode compiles models into a portable intermediate representation"
-    lesson.heading("Deploy: one checkpoint, four forms", quote)
+    heading("Deploy: one checkpoint, four forms", quote)
     output.mkdir(parents=True, exist_ok=True)
-    model = lesson_checkpoint(output / "lesson.pt").model.requires_grad_(False).eval()
+    model = lesson_checkpoint(output / "lesson.pt").requires_grad_(False).eval()
     torch.set_num_threads(1)  # a few rows are done before a second thread has woken up
     torch._inductor.config.compile_threads = 1  # to start its processes would take longer
     for form in FORMS:  # those of an earlier network would answer something else
         (output / form.file).unlink(missing_ok=True)
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(LARGEST_BATCH, model.hidden.in_features, generator=generator)
+    rows = torch.randn(LARGEST_BATCH, model.fc1.in_features, generator=generator)
     networks: dict[str, Network] = {"eager": model}
     with torch.inference_mode():
         with tqdm(FORMS, leave=False, disable=None) as bar:
@@ -350,7 +348,7 @@ def deploy(output: Path, cpp: bool) -> None:
         raise OSError(f"the C++ program answers from {package}, which could not be built")
     print()
     program = build_cpp(output)
-    lesson.show("C++", f"{shown(program)}, which reads lesson.pt2")
+    show("C++", f"{shown(program)}, which reads lesson.pt2")
     check_cpp(program, package, model)
 
 

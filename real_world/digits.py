@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import lesson_code as lesson
-from real_world import parser, run, shown
+from real_world import heading, parser, run, show, shown, whole_number
 
 HELD_OUT = 360
 
@@ -51,7 +52,7 @@ def untrained(
 ) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer]:
     """Return the lesson's network, wide enough for the images, and its optimizer."""
     torch.manual_seed(seed)
-    model = lesson.SimpleClassifier(in_features=64, hidden=128, classes=10).to(device)
+    model = lesson.SimpleClassifier(in_features=64, hidden_size=128, num_classes=10).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=0.01)
 
 
@@ -106,30 +107,30 @@ def read_digits(
 ) -> None:
     """Train, read the held-out digits, and print what came of it.
 
-    Raises ClaimError where fewer than 96 % are read right, for the default seed and epochs.
+    Raises CheckFailed where fewer than 96 % are read right, for the default seed and epochs.
     """
     quote = "two nn.Linear layers and a nn.ReLU activation"
-    lesson.heading("Digits: the lesson's network on real data", quote)
+    heading("Digits: the lesson's network on real data", quote)
     if not no_figure:
         output.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
     digits = load_digits(seed, device)
-    lesson.show("images to train on", f"{len(digits.y):,}, of 8 x 8 pixels")
-    lesson.show("images held out", len(digits.unseen_y))
+    show("images to train on", f"{len(digits.y):,}, of 8 x 8 pixels")
+    show("images held out", len(digits.unseen_y))
     model, optimizer = untrained(seed, device)
-    sizes = (layer.out_features for layer in (model.hidden, model.output))
-    lesson.show("the lesson's SimpleClassifier", "64 pixels, {} hidden, {} classes".format(*sizes))
+    sizes = (layer.out_features for layer in (model.fc1, model.fc2))
+    show("the lesson's SimpleClassifier", "64 pixels, {} hidden, {} classes".format(*sizes))
     start = time.perf_counter()
-    losses = lesson.train(model, digits.X, digits.y, optimizer=optimizer, epochs=epochs)
+    losses = lesson.train(model, [(digits.X, digits.y)], nn.CrossEntropyLoss(), optimizer, epochs)
     seconds = time.perf_counter() - start
-    lesson.show(f"train(), epochs on {device}: {epochs}", f"{seconds:.2f} s, loss {losses[-1]:.4f}")
+    show(f"train(), epochs on {device}: {epochs}", f"{seconds:.2f} s, loss {losses[-1]:.4f}")
 
-    known = lesson.accuracy(model, digits.X, digits.y)
-    fresh = lesson.accuracy(model, digits.unseen_X, digits.unseen_y)
-    lesson.show("read right, of those trained on", f"{known:.1%}")
+    _, known = lesson.evaluate(model, digits.X, digits.y)
+    _, fresh = lesson.evaluate(model, digits.unseen_X, digits.unseen_y)
+    show("read right, of those trained on", f"{known:.1%}")
     if (seed, epochs) == (0, 200):
         lesson.check("read right, of those held out", f"{fresh:.1%}, chance is 10 %", fresh >= 0.96)
     else:
-        lesson.show("read right, of those held out", f"{fresh:.1%}, chance is 10 %")
+        show("read right, of those held out", f"{fresh:.1%}, chance is 10 %")
 
     predicted, _ = lesson.predict(model, digits.unseen_X)
     matrix = confusion(predicted, digits.unseen_y)
@@ -139,14 +140,14 @@ def read_digits(
     if not no_figure:
         draw(output / "digits.png", digits, predicted, losses)
         print()
-        lesson.show("drawn", shown(output / "digits.png"))
+        show("drawn", shown(output / "digits.png"))
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
     about = "The lesson's network on 1,797 scanned digits."
     made = parser("digits", about, "--device", "--seed", "--output", "--no-figure")
-    positive = functools.partial(lesson.whole_number, least=1)
+    positive = functools.partial(whole_number, least=1)
     made.add_argument("--epochs", metavar="N", type=positive, default=200, help="default: 200")
     return made.parse_args(argv)
 

@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
-from real_world import number, parser, quiet, run, shown
+from real_world import heading, number, parser, quiet, run, show, shown, whole_number
 from real_world.digits import Digits, load_digits, untrained
 
 criterion = nn.functional.cross_entropy
@@ -49,10 +49,10 @@ criterion = nn.functional.cross_entropy
 
 
 def refuse(sentence: str) -> NoReturn:
-    """End this process for what all of them find: rank 0 says it, by ClaimError, the others end."""
+    """End this process for what all of them find: rank 0 raises CheckFailed, the others end."""
     if os.environ.get("RANK", "0") != "0":
         sys.exit(1)
-    raise lesson.ClaimError(sentence)
+    raise lesson.CheckFailed(sentence)
 
 
 def end_with(parent: int) -> None:
@@ -79,7 +79,7 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
     """Return the store through which the processes find each other, this one's rank, and the world.
 
     torchrun says in the environment where the store is; without it there is one process.
-    Raises ClaimError, which says what to do, where the store cannot be had within `seconds`.
+    Raises CheckFailed, which says what to do, where the store cannot be had within `seconds`.
     """
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1
@@ -97,7 +97,7 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
             reason = f"port {port} of {host} is taken; choose another MASTER_PORT"
         else:
             reason = f"rank 0 did not answer at {host} port {port} within {seconds:.0f} s"
-        raise lesson.ClaimError(reason) from None
+        raise lesson.CheckFailed(reason) from None
     return own_part(store, rank, world, seconds), rank, world
 
 
@@ -124,7 +124,7 @@ def own_part(store: dist.Store, rank: int, world: int, seconds: float) -> dist.S
             own.set(f"here/{rank}", "")
             own.wait(["go"], datetime.timedelta(seconds=1))
             return own
-    raise lesson.ClaimError(late(0, world, seconds))
+    raise lesson.CheckFailed(late(0, world, seconds))
 
 
 def late(rank: int, world: int, seconds: float) -> str:
@@ -134,7 +134,7 @@ def late(rank: int, world: int, seconds: float) -> str:
 
 
 def wait_for(store: dist.Store, what: str, world: int, seconds: float) -> None:
-    """Wait until every rank has set `what`; raise ClaimError, which names one that is late."""
+    """Wait until every rank has set `what`; raise CheckFailed, which names one that is late."""
     end = time.monotonic() + seconds
     for rank in range(world):
         left = max(end - time.monotonic(), 0.001)
@@ -142,13 +142,13 @@ def wait_for(store: dist.Store, what: str, world: int, seconds: float) -> None:
             with quiet():
                 store.wait([f"{what}/{rank}"], datetime.timedelta(seconds=left))
         except dist.DistStoreError:
-            raise lesson.ClaimError(late(rank, world, seconds)) from None
+            raise lesson.CheckFailed(late(rank, world, seconds)) from None
 
 
 def call_roll(store: dist.Store, rank: int, world: int, facts: dict, seconds: float) -> None:
     """Tell the others `facts`, and compare theirs, which must be the same.
 
-    Raises ClaimError, which names the rank, where one does not come within `seconds`, or differs.
+    Raises CheckFailed, which names the rank, where one does not come within `seconds`, or differs.
     """
     store.set(f"facts/{rank}", json.dumps(facts))
     wait_for(store, "facts", world, seconds)
@@ -160,13 +160,13 @@ def call_roll(store: dist.Store, rank: int, world: int, facts: dict, seconds: fl
         for fact, value in theirs.items():
             if value != first[fact]:
                 differs = f"rank {other} has {fact} {value}, rank 0 has {first[fact]}"
-                raise lesson.ClaimError(f"{differs}; all must have the same")
+                raise lesson.CheckFailed(f"{differs}; all must have the same")
 
 
 def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Group:
     """Meet the other processes, and make torch.distributed's default group of them.
 
-    Raises ClaimError, one sentence, where that cannot be.
+    Raises CheckFailed, one sentence, where that cannot be.
     """
     if device.type == "cuda" and device.index is None:  # each process of a machine has its own GPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -179,7 +179,7 @@ def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Gro
             many = (
                 f"process {device.index} of this machine has no GPU of its own: there are {count}"
             )
-            raise lesson.ClaimError(f"{many}; start as many, or --device cpu")
+            raise lesson.CheckFailed(f"{many}; start as many, or --device cpu")
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
@@ -200,7 +200,7 @@ def join(facts: dict, backend: str, device: torch.device, seconds: float) -> Gro
 def together(facts: dict, backend: str, device: torch.device, seconds: float) -> Iterator[Group]:
     """Join the other processes for a block, at whose end all of them meet once more.
 
-    Raises ClaimError, one sentence, where they cannot be joined, or where one of them is lost.
+    Raises CheckFailed, one sentence, where they cannot be joined, or where one of them is lost.
     """
     group = join(facts, backend, device, seconds)
     try:
@@ -210,7 +210,7 @@ def together(facts: dict, backend: str, device: torch.device, seconds: float) ->
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         lost = f"rank {group.rank} lost another, which ended or was silent for {seconds:.0f} s"
-        raise lesson.ClaimError(f"{lost}; the first to fail says why") from None
+        raise lesson.CheckFailed(f"{lost}; the first to fail says why") from None
     finally:
         dist.destroy_process_group()
 
@@ -262,13 +262,22 @@ def weighted(samples: int, own: int, world: int, criterion: Criterion = criterio
 
 
 @dataclass
+class Checkpoint:
+    """A network, its optimizer, and the loss of every epoch behind it."""
+
+    model: lesson.SimpleClassifier
+    optimizer: torch.optim.Optimizer
+    losses: list[float]
+
+
+@dataclass
 class Recorder:
-    """on_epoch of train(): keeps the losses of this rank, and writes a checkpoint now and then.
+    """on_step of train(): keeps the losses of this rank, and writes a checkpoint now and then.
 
     The checkpoint has the mean loss of all ranks, so all take part; rank 0 writes the file.
     """
 
-    checkpoint: lesson.Checkpoint
+    checkpoint: Checkpoint
     path: Path
     every: int
     group: Group
@@ -284,10 +293,10 @@ class Recorder:
         """Add the losses since the last time to the checkpoint, and write it."""
         if self.recent:
             self.checkpoint.losses += mean(torch.stack(self.recent), self.group).tolist()
-            self.checkpoint.epoch += len(self.recent)
             self.recent.clear()
         if self.group.rank == 0:
-            lesson.save_checkpoint(self.path, self.checkpoint)
+            kept = self.checkpoint
+            lesson.save_checkpoint(self.path, kept.model, kept.optimizer, kept.losses)
 
 
 def checkpoint_path(output: Path, seed: int, samples: int | None) -> Path:
@@ -301,7 +310,7 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "none"
 
 
-def start_or_resume(path: Path, seed: int, epochs: int, device: torch.device) -> lesson.Checkpoint:
+def start_or_resume(path: Path, seed: int, epochs: int, device: torch.device) -> Checkpoint:
     """Return what `path` holds of this run, or an untrained network, in float64.
 
     Raises CheckpointError where `path` holds something else, or more epochs than are asked for.
@@ -309,26 +318,29 @@ def start_or_resume(path: Path, seed: int, epochs: int, device: torch.device) ->
     model, _ = untrained(seed, device)
     # In float32 the order of a sum is visible in its last digit, and Adam makes much of that.
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
-    fresh = lesson.Checkpoint(model, optimizer, 0, [])
+    fresh = Checkpoint(model, optimizer, [])
     if not path.exists():
         return fresh
     try:
-        found = lesson.load_checkpoint(path, device)
+        found = Checkpoint(*lesson.load_checkpoint(path, device))
     except lesson.CheckpointError as error:
-        reason = str(error).split(";")[0]
+        reason = str(error).rpartition(";")[0]
         raise lesson.CheckpointError(f"{reason}; delete it to start from epoch 1") from None
-    dtypes = {weights.dtype for weights in found.model.parameters()}
-    if (found.sizes, dtypes) != (fresh.sizes, {torch.float64}):
+    there, ours = (
+        [(weights.shape, weights.dtype) for weights in each.model.parameters()]
+        for each in (found, fresh)
+    )
+    if there != ours:
         other = f"{path} holds another network than this page trains"
         raise lesson.CheckpointError(f"{other}; move it away, or name another --output")
-    if found.epoch > epochs:
-        more = f"{path} is at epoch {found.epoch}, beyond {epochs}"
+    if len(found.losses) > epochs:
+        more = f"{path} is at epoch {len(found.losses)}, beyond {epochs}"
         raise lesson.CheckpointError(f"{more}; ask for more --epochs, or delete it to start anew")
     return found
 
 
 def train_together(
-    checkpoint: lesson.Checkpoint, digits: Digits, epochs: int, recorder: Recorder, group: Group
+    checkpoint: Checkpoint, digits: Digits, epochs: int, recorder: Recorder, group: Group
 ) -> None:
     """Train a copy of the network on this rank's part of the digits, by the lesson's train()."""
     samples = len(digits.y)
@@ -336,23 +348,22 @@ def train_together(
     X, y = digits.X[own].double(), digits.y[own]
     lesson.train(
         DistributedDataParallel(checkpoint.model),  # it wraps the model, whose weights are trained
-        X,
-        y,
+        [(X, y)],
         criterion=weighted(samples, len(y), group.world),
         optimizer=checkpoint.optimizer,
-        epochs=epochs - checkpoint.epoch,
-        on_epoch=recorder,
+        epochs=epochs - len(checkpoint.losses),
+        on_step=recorder,
     )
     recorder.save()
 
 
 def compare_with_one(
-    checkpoint: lesson.Checkpoint, digits: Digits, seed: int, epochs: int, group: Group
+    checkpoint: Checkpoint, digits: Digits, seed: int, epochs: int, group: Group
 ) -> None:
     """Train once more, on each process alone, and hold losses and weights against those of all."""
     model, _ = untrained(seed, group.device)
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
-    losses = lesson.train(model, digits.X.double(), digits.y, optimizer=optimizer, epochs=epochs)
+    losses = lesson.train(model, [(digits.X.double(), digits.y)], criterion, optimizer, epochs)
     apart = max(abs(a - b) for a, b in zip(losses, checkpoint.losses, strict=True))
     lesson.check("each loss, against one process", f"differs by {apart:.1e}", apart <= 1e-6)
     pairs = zip(model.parameters(), checkpoint.model.parameters(), strict=True)
@@ -370,17 +381,17 @@ def data_parallel(
         for part in (share(len(digits.y), rank, group.world) for rank in range(group.world))
     ]
     numbers = " or ".join(f"{size:,}" for size in sorted(set(sizes)))
-    lesson.show("samples of a process", f"{numbers}, of {len(digits.y):,}")
+    show("samples of a process", f"{numbers}, of {len(digits.y):,}")
     weights = ", ".join(f"{size * group.world / len(digits.y):.4f}" for size in sorted(set(sizes)))
-    lesson.show("its loss is multiplied by", f"{weights}, for its share of the samples")
-    if checkpoint.epoch:
-        lesson.show("goes on from", f"{shown(path)}, epoch {checkpoint.epoch}")
+    show("its loss is multiplied by", f"{weights}, for its share of the samples")
+    if checkpoint.losses:
+        show("goes on from", f"{shown(path)}, epoch {len(checkpoint.losses)}")
     recorder = Recorder(checkpoint, path, every, group)
     train_together(checkpoint, digits, epochs, recorder, group)
     fell = f"{checkpoint.losses[0]:.4f} to {checkpoint.losses[-1]:.4f}"
-    lesson.show(f"loss, epoch 1 to {epochs}", fell)
+    show(f"loss, epoch 1 to {epochs}", fell)
     compare_with_one(checkpoint, digits, seed, epochs, group)
-    lesson.show("saved", shown(path))
+    show("saved", shown(path))
 
 
 # %% Fully sharded: a network that no process has whole
@@ -425,7 +436,7 @@ def fully_sharded(
     held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
     rows = [(math.ceil(len(p) / group.world), p[0].numel() * 4) for p in model.parameters()]
     parts = gather(held, group)
-    lesson.show("bytes of the parameters", f"{whole:,}")
+    show("bytes of the parameters", f"{whole:,}")
     by_rank = ", ".join(f"{part:,}" for part in parts)
     fair = (max(parts), sum(parts)) == (sum(many * size for many, size in rows), whole)
     lesson.check("of which the processes hold", by_rank, fair)
@@ -439,7 +450,7 @@ def fully_sharded(
         X, y = digits.X[own], digits.y[own]
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
         loss = weighted(len(digits.y), len(y), group.world)
-        losses = lesson.train(model, X, y, criterion=loss, optimizer=optimizer, epochs=epochs)
+        losses = lesson.train(model, [(X, y)], loss, optimizer, epochs)
         losses = mean(torch.tensor(losses), group)
         fell = f"{losses[0]:.4f} to {losses[-1]:.4f}"
         falls = epochs == 1 or bool(losses[-1] < losses[0])
@@ -455,7 +466,7 @@ def fully_sharded(
                 dcp.save(state, storage_writer=writer)
         except (Exception, dcp.CheckpointException):  # of any rank, of any kind
             raise OSError(f"{shown(folder)} cannot be written") from None
-        lesson.show("saved", f"{shown(folder)}, a file for each of {group.world}")
+        show("saved", f"{shown(folder)}, a file for each of {group.world}")
     else:
         try:
             with quiet():  # into the tensors of the model, in place
@@ -488,9 +499,9 @@ def ring_all_reduce(size: float, workers: int, bandwidth: float, latency: float)
 def seconds_a_step(model: nn.Module, X: torch.Tensor, y: torch.Tensor, steps: int) -> float:
     """Return the time of one of the lesson's training steps, the mean of `steps`, in seconds."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    lesson.train(model, X, y, optimizer=optimizer, epochs=2)
+    lesson.train(model, [(X, y)], criterion, optimizer, 2)
     start = time.perf_counter()
-    lesson.train(model, X, y, optimizer=optimizer, epochs=steps)
+    lesson.train(model, [(X, y)], criterion, optimizer, steps)
     return (time.perf_counter() - start) / steps
 
 
@@ -537,10 +548,10 @@ def plan(device: torch.device, bandwidth: float, latency: float, output: Path) -
         for name, model in networks.items()
     }
     for name, (step, size) in steps.items():
-        lesson.show(name, f"{step * 1000:.2f} ms a step, {size:,} bytes of gradients")
-    lesson.show("measured with", f"{len(digits.y):,} samples, on one thread of this {device}")
+        show(name, f"{step * 1000:.2f} ms a step, {size:,} bytes of gradients")
+    show("measured with", f"{len(digits.y):,} samples, on one thread of this {device}")
     link = f"{bandwidth * 8 / 1e9:g} Gb/s, {latency * 1e6:g} us a message"
-    lesson.show("between neighbours in the ring", link)
+    show("between neighbours in the ring", link)
     print("\n  Every worker computes as long as this one, on samples of its own; then they add up")
     print("  their gradients. A faster worker would compute for less of its time.")
     print(f"\n  {'workers':>9}" + "".join(f"{name:>32}" for name in steps))
@@ -553,15 +564,13 @@ def plan(device: torch.device, bandwidth: float, latency: float, output: Path) -
 
     print("\n  Where copies end:")
     memory = 80e9 / 16  # float32 weights, gradients, and Adam's two averages
-    lesson.show(
-        "parameters in 80 GB, at 16 bytes", f"{memory / 1e9:.0f} billion, on 1 GPU or 10,000"
-    )
+    show("parameters in 80 GB, at 16 bytes", f"{memory / 1e9:.0f} billion, on 1 GPU or 10,000")
     parameters = 70e9
-    lesson.show("70 billion, divided over 64 GPUs", f"{parameters * 16 / 64 / 1e9:.1f} GB each")
+    show("70 billion, divided over 64 GPUs", f"{parameters * 16 / 64 / 1e9:.1f} GB each")
     output.mkdir(parents=True, exist_ok=True)
     draw_plan(output / "distributed.png", steps, bandwidth, latency)
     print()
-    lesson.show("drawn", shown(output / "distributed.png"))
+    show("drawn", shown(output / "distributed.png"))
 
 
 # %% Running it
@@ -573,7 +582,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         --nproc-per-node 2 -m real_world.distributed. Without torchrun there is one."
     made = parser("distributed", about, "--device", "--seed", "--output")
     add = made.add_argument
-    positive = functools.partial(lesson.whole_number, least=1)
+    positive = functools.partial(whole_number, least=1)
     add("--epochs", metavar="N", type=positive, default=200, help="default: 200")
     add("--save-every", metavar="N", type=positive, default=20, help="epochs (default: 20)")
     add("--samples", metavar="N", type=positive, help="train on so many of the digits alone")
@@ -598,9 +607,7 @@ def work(chosen: argparse.Namespace) -> None:
     if chosen.plan:
         if os.environ.get("RANK", "0") != "0":
             return
-        lesson.heading(
-            "Distributed, on paper", "thousands of A100 GPUs coordinated via torch.distributed"
-        )
+        heading("Distributed, on paper", "thousands of A100 GPUs coordinated via torch.distributed")
         torch.set_num_threads(1)
         plan(chosen.device, chosen.bandwidth * 1e9 / 8, chosen.latency / 1e6, chosen.output)
         return
@@ -616,12 +623,12 @@ def work(chosen: argparse.Namespace) -> None:
         quote = "used verbatim ... coordinated via torch.distributed"
         processes = "1 process" if group.world == 1 else f"{group.world} processes"
         what = "a network divided over" if chosen.fsdp else "train() on"
-        lesson.heading(f"Distributed: {what} {processes}", quote)
+        heading(f"Distributed: {what} {processes}", quote)
         if group.world > len(digits.y):
             few = f"{group.world} processes for {len(digits.y)} samples"
             refuse(f"{few}: each needs one at least, so start fewer")
-        lesson.show("joined by", f"{dist.get_backend()}, on {group.device}")
-        lesson.show("processes", ", ".join(map(str, gather(os.getpid(), group))))
+        show("joined by", f"{dist.get_backend()}, on {group.device}")
+        show("processes", ", ".join(map(str, gather(os.getpid(), group))))
         if chosen.fsdp:
             fully_sharded(group, digits, chosen.seed, chosen.epochs, chosen.output, chosen.fsdp)
         else:

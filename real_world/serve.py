@@ -47,13 +47,13 @@ from torch import nn
 from uvicorn.supervisors import Multiprocess
 
 import lesson_code as lesson
-from real_world import lesson_checkpoint, parser, run, shown
+from real_world import heading, lesson_checkpoint, parser, run, show, shown, whole_number
 
 LARGEST_BATCH = 1024  # rows: of a request, and of the requests that share a batch
 LARGEST_VALUE = 1e30  # of a feature; the sums of much larger ones overflow float32, and answer nan
 LARGEST_BODY = 2**18  # bytes; LARGEST_BATCH rows of four long decimals take a third
 
-DEFAULT = lesson.CHECKPOINTS / "lesson.pt"
+DEFAULT = lesson.OUTPUT / "lesson.pt"
 NETWORKS: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
     "eager": lambda model: model,
     "torchscript": torch.jit.script,
@@ -135,7 +135,7 @@ def warm_network(settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
         return logits.softmax(dim=1).cpu().numpy()
 
     for rows in (1, 2, LARGEST_BATCH):
-        probabilities(np.zeros((rows, settings.model.hidden.in_features), dtype=np.float32))
+        probabilities(np.zeros((rows, settings.model.fc1.in_features), dtype=np.float32))
     return probabilities
 
 
@@ -325,7 +325,7 @@ class Service(Starlette):
 
 def application(settings: Settings) -> Service:
     """Return the service of one worker, whose network is warm before it takes a connection."""
-    in_features = settings.model.hidden.in_features
+    in_features = settings.model.fc1.in_features
     batcher = Batcher(settings.wait)
 
     @contextlib.asynccontextmanager
@@ -408,7 +408,7 @@ def alone(host: str, port: int) -> Iterator[int]:
 def announce(label: str, value: object) -> None:
     """Print a line; a reader who has left, `head` say, does not end the service."""
     try:
-        lesson.show(label, value)
+        show(label, value)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -473,13 +473,13 @@ def serve(
 ) -> None:
     """Serve the network of `checkpoint` until SIGTERM or Ctrl-C.
 
-    Raises OSError where it cannot listen, CheckpointError, or ClaimError where no worker starts.
+    Raises OSError where it cannot listen, CheckpointError, or CheckFailed where no worker starts.
     """
     quote = "API Request -> Preprocessing -> Tensor Batch -> PyTorch Model (GPU) -> Logits -> ..."
-    lesson.heading("Serve: the network behind HTTP", quote)
+    heading("Serve: the network behind HTTP", quote)
     if checkpoint != DEFAULT and not checkpoint.exists():  # a name mistyped is no wish to train
         raise OSError(f"there is no {checkpoint}; without --checkpoint the lesson's is served")
-    model = lesson_checkpoint(checkpoint).model.requires_grad_(False)
+    model = lesson_checkpoint(checkpoint).requires_grad_(False)
     settings = Settings(model, network, device, wait)
     with (
         alone(host, port) as port,
@@ -492,7 +492,7 @@ def serve(
                 warm_network(settings)
             except BackendCompilerFailed as error:
                 reason = str(error.inner_exception).splitlines()[0]
-                raise lesson.ClaimError(f"--network {network} cannot be built: {reason}") from None
+                raise lesson.CheckFailed(f"--network {network} cannot be built: {reason}") from None
         announce("network", f"{shown(checkpoint)}, {network}, on {device}")
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where the workers count
         config = uvicorn.Config(
@@ -510,20 +510,20 @@ def serve(
         supervisor = Supervisor(config, [])
         supervisor.run()
     if any(process.exitcode == uvicorn.config.STARTUP_FAILURE for process in supervisor.processes):
-        raise lesson.ClaimError("a worker could not start; it says above why")
+        raise lesson.CheckFailed("a worker could not start; it says above why")
     announce("stopped", "all workers have ended")
 
 
 def milliseconds(text: str) -> float:
     """Convert an option's text to seconds; raise ArgumentTypeError, which says what is right."""
-    return lesson.whole_number(text, most=2000) / 1000
+    return whole_number(text, most=2000) / 1000
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
     made = parser("serve", "The lesson's network behind HTTP.", "--device")
-    port = functools.partial(lesson.whole_number, most=65535)
-    positive = functools.partial(lesson.whole_number, least=1, most=1000)
+    port = functools.partial(whole_number, most=65535)
+    positive = functools.partial(whole_number, least=1, most=1000)
     add = made.add_argument
     add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT, help="default: the lesson's")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1, which only this machine reaches")

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
-from real_world import parser, quiet, run, shown
+from real_world import heading, parser, quiet, run, show, shown
 
 if TYPE_CHECKING:
     import keras
@@ -65,14 +65,14 @@ def keras_twin(model: lesson.SimpleClassifier) -> keras.Sequential:
     from keras import Sequential, layers
 
     inputs, hidden, classes = (
-        model.hidden.in_features,
-        model.hidden.out_features,
-        model.output.out_features,
+        model.fc1.in_features,
+        model.fc1.out_features,
+        model.fc2.out_features,
     )
     twin = Sequential(
         [layers.Input((inputs,)), layers.Dense(hidden, activation="relu"), layers.Dense(classes)]
     )
-    both = (model.hidden, model.output)
+    both = (model.fc1, model.fc2)
     weights = ((layer.weight.detach().mT.numpy(), layer.bias.detach().numpy()) for layer in both)
     twin.set_weights(list(itertools.chain(*weights)))
     return twin
@@ -122,10 +122,10 @@ def compare_training(epochs: int = 100) -> None:
     tf = tensorflow()
     print("\n  The lesson's network, its first weights, its data, its Adam, in four ways:")
     X, y = lesson.make_synthetic_data()
-    model, optimizer = lesson.untrained(0, torch.device("cpu"))
+    model, optimizer = lesson.build_model(0, torch.device("cpu"))
     twins = [keras_twin(model) for _ in range(4)]
-    losses = lesson.train(model, X, y, optimizer=optimizer, epochs=epochs)
-    lesson.show("train()", f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    losses = lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, epochs)
+    show("train()", f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
     ways = {
         "Keras, fit()": lambda: fit(twins[0], X, y, epochs),
         "TensorFlow, @tf.function": lambda: train_by(
@@ -137,7 +137,7 @@ def compare_training(epochs: int = 100) -> None:
         apart = max(abs(a - b) for a, b in zip(losses, way(), strict=True))
         lesson.check(name, f"every loss, to {apart:.0e}", apart <= 1e-5)
     apart = max(abs(a - b) for a, b in zip(losses, fit(twins[3], X, y, epochs, 1e-7), strict=True))
-    lesson.show("fit() with Keras's own epsilon", f"to {apart:.0e}: 1e-7, where PyTorch has 1e-8")
+    show("fit() with Keras's own epsilon", f"to {apart:.0e}: 1e-7, where PyTorch has 1e-8")
 
 
 # %% One function, and how often Python runs it
@@ -310,11 +310,11 @@ def compare_shapes() -> None:
             relaxed(tf.zeros(shape))
             compiled(torch.zeros(shape))
             model.fit(tf.zeros(shape), tf.zeros((shape[0], 2)), shape[0], verbose=0)
-    lesson.show("@tf.function", f"{static.experimental_get_tracing_count()} graphs")
-    lesson.show("  with reduce_retracing", f"{relaxed.experimental_get_tracing_count()} graphs")
-    lesson.show("Keras, fit()", f"Python ran {len(traced)} times, which leaves sizes open too")
-    lesson.show("torch.compile", f"{len(graphs)} graphs: a size that changes is then left open")
-    lesson.show("PyTorch and TensorFlow, eager", "nothing to do again")
+    show("@tf.function", f"{static.experimental_get_tracing_count()} graphs")
+    show("  with reduce_retracing", f"{relaxed.experimental_get_tracing_count()} graphs")
+    show("Keras, fit()", f"Python ran {len(traced)} times, which leaves sizes open too")
+    show("torch.compile", f"{len(graphs)} graphs: a size that changes is then left open")
+    show("PyTorch and TensorFlow, eager", "nothing to do again")
 
 
 # %% Other layers from one batch to the next
@@ -350,7 +350,7 @@ def compare_structure(calls: int = 100) -> None:
             used[name] = sum(int(way()) for _ in range(calls))
     for name, count in used.items():
         frozen = ", as at tracing, for ever" if count in (0, calls) else ""
-        lesson.show(name, f"used {count} times{frozen}")
+        show(name, f"used {count} times{frozen}")
     fair = all(30 < count < 70 for name, count in used.items() if name != "@tf.function")
     lesson.check(
         "only Python's coin in a graph lies",
@@ -406,7 +406,7 @@ def traceback_of(function: Callable[[], object]) -> tuple[str, int, int | None]:
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
         ours = (n for n, line in enumerate(reversed(lines), start=1) if named.search(line))
         return type(error).__name__, len(lines), min(ours, default=None)
-    raise lesson.ClaimError("this should fail and does not: a row that is not in the table")
+    raise lesson.CheckFailed("this should fail and does not: a row that is not in the table")
 
 
 def compare_errors() -> None:
@@ -430,7 +430,7 @@ def compare_errors() -> None:
     for name, way in ways.items():
         kind, lines, up = traceback_of(way)
         where = f"line {up} from the end" if up else "it is not named"
-        lesson.show(name, f"{lines:>3} lines, {where}: {kind}")
+        show(name, f"{lines:>3} lines, {where}: {kind}")
 
 
 # %% The picture
@@ -485,10 +485,10 @@ def draw(path: Path) -> None:
 
 
 def compare(output: Path, no_figure: bool) -> None:
-    """Run every comparison; raise ClaimError where one does not come out as said."""
+    """Run every comparison; raise CheckFailed where one does not come out as said."""
     quote = "Compare PyTorch's dynamic computation graph to TensorFlow's static approach"
-    lesson.heading("Static graphs beside the dynamic one", quote)
-    lesson.show("PyTorch, TensorFlow", f"{torch.__version__}, {tensorflow().__version__}")
+    heading("Static graphs beside the dynamic one", quote)
+    show("PyTorch, TensorFlow", f"{torch.__version__}, {tensorflow().__version__}")
     if not no_figure:
         output.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
     compare_training()
@@ -499,7 +499,7 @@ def compare(output: Path, no_figure: bool) -> None:
     if not no_figure:
         draw(output / "static_graph.png")
         print()
-        lesson.show("drawn", shown(output / "static_graph.png"))
+        show("drawn", shown(output / "static_graph.png"))
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
-from real_world import parser, run, shown
+from real_world import heading, parser, run, show, shown, whole_number
 from real_world.digits import Digits, load_digits, untrained
 
 criterion = nn.functional.cross_entropy
@@ -224,12 +224,12 @@ def train_plainly(
     epochs: int,
 ) -> list[float]:
     """Train by the lesson's train(); return the losses."""
-    return lesson.train(model, X, y, optimizer=optimizer, epochs=epochs)
+    return lesson.train(model, [(X, y)], criterion, optimizer, epochs)
 
 
 def read_right(model: nn.Module, digits: Digits) -> str:
     """Return, to print, what share of the held-out digits `model` reads right."""
-    return f"{lesson.accuracy(model, digits.unseen_X, digits.unseen_y):.1%} right"
+    return f"{lesson.evaluate(model, digits.unseen_X, digits.unseen_y)[1]:.1%} right"
 
 
 def compare_focal(digits: Digits, epochs: int) -> Losses:
@@ -258,7 +258,7 @@ def compare_focal(digits: Digits, epochs: int) -> Losses:
         losses[name] = loop(model, digits.X, digits.y, optimizer, epochs)
         with torch.no_grad():
             unseen = criterion(model(digits.unseen_X), digits.unseen_y)
-        lesson.show(f"  {name}: {read_right(model, digits)}", f"cross-entropy {unseen:.4f}")
+        show(f"  {name}: {read_right(model, digits)}", f"cross-entropy {unseen:.4f}")
     return losses
 
 
@@ -280,7 +280,7 @@ def compare_clipping(digits: Digits, epochs: int) -> Losses:
         lesson.check(f"{name}: {right}", measured, fits(losses[name][-1]))
     before = torch.stack(norms).tolist()
     clipped = f"{sum(norm > 1 for norm in before)} of {epochs} clipped"
-    lesson.show("norm of the gradients", f"up to {max(before):.1f}; {clipped}")
+    show("norm of the gradients", f"up to {max(before):.1f}; {clipped}")
     model, _ = untrained(0, digits.X.device)
     criterion(model(digits.X * 16), digits.y).backward()
     gradients = [weights.grad for weights in model.parameters()]
@@ -299,7 +299,7 @@ def compare_mixed(digits: Digits, epochs: int) -> Losses:
     for name, loop in (("float32", train_plainly), (half, train_mixed)):
         model, optimizer = untrained(0, digits.X.device)
         losses[name] = loop(model, digits.X, digits.y, optimizer, epochs)
-        lesson.show(f"{name}: {read_right(model, digits)}", f"loss at last {losses[name][-1]:.4f}")
+        show(f"{name}: {read_right(model, digits)}", f"loss at last {losses[name][-1]:.4f}")
     apart = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     lesson.check("apart, at the worst epoch", f"{apart:.4f}, less than 0.01", apart < 0.01)
     return losses
@@ -318,7 +318,7 @@ def compare_two_tasks(digits: Digits, epochs: int) -> Losses:
     with torch.no_grad():
         logits, _ = model(digits.unseen_X)
     right = (logits.argmax(dim=1) == digits.unseen_y).float().mean().item()
-    lesson.show("digits, with ink to learn too", f"{right:.1%} right")
+    show("digits, with ink to learn too", f"{right:.1%} right")
     for name, values in losses.items():
         fell = f"{values[0]:.4f} to {values[-1]:.4f}"
         lesson.check(f"the loss of the {name} fell", fell, values[-1] < values[0] / 10)
@@ -379,25 +379,25 @@ def draw(path: Path, curves: list[Losses]) -> None:
 
 
 def control(device: torch.device, epochs: int, output: Path, no_figure: bool) -> None:
-    """Run the five comparisons; raise ClaimError where one does not come out as said."""
+    """Run the five comparisons; raise CheckFailed where one does not come out as said."""
     quote = "You control what happens before and after each gradient update."
-    lesson.heading("Training control: the explicit loop, changed", quote)
+    heading("Training control: the explicit loop, changed", quote)
     if not no_figure:
         output.mkdir(parents=True, exist_ok=True)  # before the work, should it not be possible
     digits = load_digits(device=device)
-    lesson.show("train(), but for the lines at >", f"{epochs} epochs each, on {device}")
+    show("train(), but for the lines at >", f"{epochs} epochs each, on {device}")
     curves = [compare(digits, epochs) for compare in COMPARISONS]
     if not no_figure:
         draw(output / "training_control.png", curves)
         print()
-        lesson.show("drawn", shown(output / "training_control.png"))
+        show("drawn", shown(output / "training_control.png"))
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2, after one sentence, where one is wrong."""
     about = "The lesson's loop, five times, with one to six lines changed or added."
     made = parser("training_control", about, "--device", "--output", "--no-figure")
-    epochs = functools.partial(lesson.whole_number, least=100, most=10_000)
+    epochs = functools.partial(whole_number, least=100, most=10_000)
     made.add_argument(
         "--epochs", metavar="N", type=epochs, default=200, help="100 to 10000 (default: 200)"
     )

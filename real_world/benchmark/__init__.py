@@ -32,8 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-import lesson_code as lesson
-from real_world import parser, run, shown, writable, write_whole
+from real_world import heading, parser, run, show, shown, writable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -274,7 +273,7 @@ def benchmark(names: list[str], quick: bool, write: bool) -> None:
         writable(RESULTS.parent)
         with_results(README.read_text(), results)
     for name in names:
-        lesson.heading(f"Benchmark: {name}", entry(name).claim)
+        heading(f"Benchmark: {name}", entry(name).claim)
         here = machine()
         measured = measured_by(name, quick)
         print(entry(name).table(measured))
@@ -287,7 +286,7 @@ def benchmark(names: list[str], quick: bool, write: bool) -> None:
             write_whole(README, lambda path, text=readme: path.write_text(text))
             print()
             places = ", ".join(str(shown(place)) for place in (RESULTS, README))
-            lesson.show("written", f"{places} and {shown(picture(name))}")
+            show("written", f"{places} and {shown(picture(name))}")
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:

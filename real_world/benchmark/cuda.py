@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import lesson_code as lesson
 from real_world.benchmark import Entry, alternate, drawing, markdown, step
@@ -55,7 +56,7 @@ def training(way: str, size: Size, device: torch.device) -> Training:
         half = {"dtype": torch.bfloat16, "enabled": dtype == torch.bfloat16}
         # Its cache of weights in bfloat16 would outlive the step that changes them.
         with torch.autocast(device.type, **half, cache_enabled=False):
-            return lesson.train(changed, X, y, optimizer=optimizer, epochs=steps)
+            return lesson.train(changed, [(X, y)], nn.CrossEntropyLoss(), optimizer, steps)
 
     return train
 

@@ -58,7 +58,7 @@ def by_length(rounds: int, lengths: tuple[int, ...]) -> Growth:
         X, y = training.windows(llama.library_text(), 1, length, seed=0)()
         start = time.perf_counter()
         named = {"criterion": training.next_token_loss, "optimizer": optimizer, "epochs": 5}
-        lesson.train(model, X, y, **named)
+        lesson.train(model, [(X, y)], **named)
         return (time.perf_counter() - start) / 5
 
     seconds(lengths[0])  # the first is slower

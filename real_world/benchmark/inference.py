@@ -25,7 +25,7 @@ BATCHES = (1, 64, 1024)
 def build_onnx(model: nn.Module, path: Path) -> None:
     """Export the graph to ONNX."""
     batch = torch.export.Dim("batch", min=1)
-    example = (torch.zeros(2, model.hidden.in_features),)
+    example = (torch.zeros(2, model.fc1.in_features),)
     how = {"dynamic_shapes": ({0: batch},), "external_data": False, "verbose": False}
     torch.onnx.export(model, example, path, **how)
 
@@ -80,7 +80,7 @@ def measure(quick: bool) -> dict[str, Any]:
     torch._inductor.config.compile_threads = 1  # to start its processes would take longer
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as built:
-        program = deploy.build_cpp(lesson.CHECKPOINTS, "latency")
+        program = deploy.build_cpp(lesson.OUTPUT, "latency")
         for size, sizes in SIZES.items():
             torch.manual_seed(0)
             model = lesson.SimpleClassifier(*sizes).requires_grad_(False).eval()

@@ -43,9 +43,9 @@ def measure(quick: bool) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(network.parameters())
         draw = training.windows(text, training.BATCH, training.CONTEXT, 0)
         batches = Batches("", draw, steps)
-        named = {"criterion": training.next_token_loss, "optimizer": optimizer, "on_epoch": batches}
+        named = {"criterion": training.next_token_loss, "optimizer": optimizer, "on_step": batches}
         start = time.perf_counter()
-        lesson.train(network, batches.X, batches.y, epochs=steps, **named)
+        lesson.train(network, [(batches.X, batches.y)], epochs=steps, **named)
         return (time.perf_counter() - start) / (steps * training.BATCH * training.CONTEXT)
 
     def writing(write: Callable[[], object]) -> float:

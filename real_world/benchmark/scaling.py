@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
@@ -38,7 +39,7 @@ def process(network: str, samples: int, steps: int, threads: int) -> None:
     for _ in range(5):
         dist.barrier()
         start = time.perf_counter()
-        lesson.train(copy, X[own], y[own], optimizer=optimizer, epochs=steps)
+        lesson.train(copy, [(X[own], y[own])], nn.CrossEntropyLoss(), optimizer, steps)
         times.append((time.perf_counter() - start) / steps)
     print(json.dumps(statistics.median(times[1:])), flush=True)
     dist.barrier()

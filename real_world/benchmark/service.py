@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 import lesson_code as lesson
@@ -32,12 +33,12 @@ def plain_endpoint() -> FastAPI:
     """Return what a tutorial would write: FastAPI, and the network called inside the request."""
     from fastapi import Body, FastAPI
 
-    model = lesson.load_checkpoint(lesson.CHECKPOINTS / "lesson.pt").model
+    model, _, _ = lesson.load_checkpoint(lesson.OUTPUT / "lesson.pt")
     app = FastAPI()
 
     @app.post("/predict")
     async def predict(features: list[list[float]] = Body(embed=True)) -> dict:  # noqa: B008
-        classes, probabilities = lesson.predict(model, features)
+        classes, probabilities = lesson.predict(model, torch.tensor(features))
         return {"classes": classes.tolist(), "probabilities": probabilities.tolist()}
 
     return app
@@ -107,7 +108,7 @@ def measure(quick: bool) -> dict[str, Any]:
     rounds, seconds = (1, 1) if quick else (5, 3)
     if not shutil.which("wrk"):
         raise OSError("this entry needs wrk: apt install wrk, or brew install wrk")
-    lesson_checkpoint(lesson.CHECKPOINTS / "lesson.pt")
+    lesson_checkpoint(lesson.OUTPUT / "lesson.pt")
     plain = ("uvicorn", "--factory", f"{__name__}:plain_endpoint", "--no-access-log")
     cores = str(os.cpu_count())
     servers = {

@@ -59,7 +59,7 @@ Training = Callable[[int], list[float]]
 def by_train(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Training:
     """Train by the lesson's train()."""
     optimizer = torch.optim.Adam(model.parameters(), LR)
-    return lambda steps: lesson.train(model, X, y, optimizer=optimizer, epochs=steps)
+    return lambda steps: lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, steps)
 
 
 def by_compiled_train(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Training:
@@ -68,7 +68,7 @@ def by_compiled_train(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.
     optimizer.step = torch.compile(optimizer.step)
     criterion, compiled = torch.compile(nn.functional.cross_entropy), torch.compile(model)
     named = {"criterion": criterion, "optimizer": optimizer}
-    return lambda steps: lesson.train(compiled, X, y, **named, epochs=steps)
+    return lambda steps: lesson.train(compiled, [(X, y)], **named, epochs=steps)
 
 
 def by_keras(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Training:
@@ -156,7 +156,7 @@ def by_scikit_learn(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Te
     def fit(steps: int) -> list[float]:
         same = {"batch_size": len(X), "shuffle": False, "alpha": 0, "learning_rate_init": LR}
         never = {"tol": 0.0, "n_iter_no_change": steps + 1}
-        sizes = (model.hidden.out_features,)
+        sizes = (model.fc1.out_features,)
         network = MLPClassifier(sizes, max_iter=steps, **same, **never)
         with quiet():  # it warns that it has not converged
             return network.fit(X.numpy(), y.numpy()).loss_curve_

@@ -59,7 +59,7 @@ def generate(
     for _ in range(count):
         logits = model.lm_head(model.model(given, caches)[:, -1])
         if not logits.isfinite().all():
-            raise lesson.ClaimError(
+            raise lesson.CheckFailed(
                 "the network answers with no numbers: its weights are not finite"
             )
         if temperature == 0:

@@ -14,7 +14,19 @@ import msgspec
 import torch
 
 import lesson_code as lesson
-from real_world import distributed, number, only_with, parser, run, shown, writable, write_whole
+from real_world import (
+    distributed,
+    heading,
+    number,
+    only_with,
+    parser,
+    run,
+    show,
+    shown,
+    whole_number,
+    writable,
+    write_whole,
+)
 from real_world.llama.generation import generate
 from real_world.llama.model import Llama
 from real_world.llama.proofs import compare_cache, compare_sizes, compare_with_transformers, draw
@@ -53,7 +65,7 @@ def write_on(
     sampling = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "seed")}
     device = model.lm_head.weight.device
     if prompt.numel() == 0 or prompt.max() >= model.config.vocab_size:
-        raise lesson.ClaimError("the prompt has no token, or one that the network does not know")
+        raise lesson.CheckFailed("the prompt has no token, or one that the network does not know")
     tokens = prompt[0].tolist()
     text = said = chosen.prompt if tokenizer is None else tokenizer.decode(tokens)
     print(printable(said), end="", flush=True)
@@ -117,14 +129,14 @@ def network(
             model.save_pretrained(folder)
             write_whole(folder / "losses.json", lambda path: path.write_text(json.dumps(losses)))
         rate = f"{steps * BATCH * CONTEXT / seconds:,.0f} bytes a second"
-        lesson.show("trained in", f"{seconds:.0f} s, {rate}")
-        lesson.show("saved, as Hugging Face does", f"{shown(folder)}/")
+        show("trained in", f"{seconds:.0f} s, {rate}")
+        show("saved, as Hugging Face does", f"{shown(folder)}/")
         return model, losses
     if not kept:
         refuse(shown(folder), "holds no network; without --no-train one is trained there")
     if chosen.steps:
         refuse(shown(folder), "holds a network already; with --steps goes --train, for another")
-    lesson.show("kept; --train trains another", f"{shown(folder)}/")
+    show("kept; --train trains another", f"{shown(folder)}/")
     model = Llama.from_pretrained(folder, chosen.device, torch.float32)
     if model.config.vocab_size != 256:
         refuse(shown(folder), "holds a network whose tokens are not bytes; --train trains another")
@@ -143,9 +155,9 @@ QUOTE = "from a two-layer classifier to a 70-billion-parameter language model"
 
 def introduce(title: str) -> None:
     """Print the heading, and how large the network is."""
-    lesson.heading(title, QUOTE)
+    heading(title, QUOTE)
     count = f"{parameter_count(MINIATURE):,} parameters, {MINIATURE.num_hidden_layers} layers"
-    lesson.show("this one", count)
+    show("this one", count)
 
 
 def page(chosen: argparse.Namespace) -> None:
@@ -155,8 +167,8 @@ def page(chosen: argparse.Namespace) -> None:
     text = library_text()
     alone, after_one = entropies(text)
     print("\n  The text, Python's language reference, and what is known without a network:")
-    lesson.show("bytes, a tenth of them held out", f"{len(text):,}")
-    lesson.show("entropy of a byte", f"{alone:.4f} nats, after the one before {after_one:.4f}")
+    show("bytes, a tenth of them held out", f"{len(text):,}")
+    show("entropy of a byte", f"{alone:.4f} nats, after the one before {after_one:.4f}")
     print("\n  Before training it writes:")
     torch.manual_seed(chosen.seed)
     sample(Llama(MINIATURE).to(chosen.device), chosen.seed)
@@ -170,10 +182,10 @@ def page(chosen: argparse.Namespace) -> None:
         path = chosen.output / "llama.png"
         draw(path, text, losses, times)
         print()
-        lesson.show("drawn", shown(path))
+        show("drawn", shown(path))
 
 
-FIRST = 20
+FIRST = 10  # later, Adam makes differences of rounding visible, more on some processors
 
 
 def divided_page(chosen: argparse.Namespace) -> None:
@@ -191,7 +203,7 @@ def divided_page(chosen: argparse.Namespace) -> None:
             one = train_llama(alone, known, steps, chosen.seed, first=FIRST)
             apart = max(abs(a - b) for a, b in zip(losses, one, strict=False))
             claim = f"first {len(one)} losses, one process"
-            lesson.check(claim, f"differ by {apart:.0e}", apart <= 1e-4)
+            lesson.check(claim, f"differ by {apart:.0e}", apart <= 1e-5)
 
 
 def work(chosen: argparse.Namespace) -> None:
@@ -226,9 +238,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     about = "Llama 3 in miniature, trained by the lesson's train(). Without --prompt, all of it."
     made = parser("llama", about, "--device", "--seed", "--output", "--no-figure")
     add = made.add_argument
-    positive = functools.partial(lesson.whole_number, least=1)
-    many = functools.partial(lesson.whole_number, least=1, most=1_000_000)
-    steps = functools.partial(lesson.whole_number, least=20)
+    positive = functools.partial(whole_number, least=1)
+    many = functools.partial(whole_number, least=1, most=1_000_000)
+    steps = functools.partial(whole_number, least=20)
     add("--prompt", metavar="TEXT", type=some_text, help="go on from this text, and nothing else")
     add("--tokens", metavar="N", type=many, help="how many to write (300)")
     add("--temperature", metavar="T", type=heat, help="0 always takes the likeliest (0.8)")

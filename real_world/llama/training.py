@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 import lesson_code as lesson
-from real_world import Batches, distributed, one_cycle
+from real_world import Batches, distributed, one_cycle, show
 from real_world.llama.model import Llama
 from real_world.llama.sizes import MINIATURE
 
@@ -109,12 +109,11 @@ def train_llama(
     )
     losses = lesson.train(
         model,
-        batches.X,
-        batches.y,
+        [(batches.X, batches.y)],
         criterion=criterion,
         optimizer=optimizer,
         epochs=epochs,
-        on_epoch=batches,
+        on_step=batches,
     )
     return mean(torch.tensor(losses)).tolist() if mean else losses
 
@@ -158,13 +157,13 @@ def learn(
 def judge(model: Llama, steps: int) -> None:
     """Print how well `model` knows the text that was held out, and how well a bigram could.
 
-    Raises ClaimError where, after STEPS or more, it does not know that better.
+    Raises CheckFailed where, after STEPS or more, it does not know that better.
     """
     _, rest = parts(library_text())
     loss, (_, bigram) = held_out_loss(model, rest), entropies(rest)
-    lesson.show("entropy of what is held out", f"{bigram:.4f} nats after the byte before")
+    show("entropy of what is held out", f"{bigram:.4f} nats after the byte before")
     measured = f"{loss:.4f} nats a byte"
     if steps >= STEPS:
         lesson.check("held out, well below a bigram", measured, loss < 0.75 * bigram)
     else:
-        lesson.show(f"held out, after {steps} steps", measured)
+        show(f"held out, after {steps} steps", measured)

@@ -10,9 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 import lesson_code as lesson
-from real_world import number, only_with, parser, quiet, run, shown, writable, write_tensors
+from real_world import (
+    heading,
+    number,
+    only_with,
+    parser,
+    quiet,
+    run,
+    show,
+    shown,
+    whole_number,
+    writable,
+    write_tensors,
+)
 from real_world.digits import Digits, load_digits, untrained
 from real_world.stable_diffusion.drawing import decode, draw, draw_latents, through
 from real_world.stable_diffusion.networks import Autoencoder, Denoiser, Diffusion
@@ -66,8 +79,8 @@ def network(chosen: argparse.Namespace) -> tuple[Diffusion, dict[str, list[float
         digits, start = load_digits(device=chosen.device), clock.perf_counter()
         diffusion, losses = learn(digits, chosen.steps or STEPS, chosen.seed)
         keep(path, diffusion, losses)
-        lesson.show("trained in", f"{clock.perf_counter() - start:.0f} s on {chosen.device}")
-        lesson.show("saved", shown(path))
+        show("trained in", f"{clock.perf_counter() - start:.0f} s on {chosen.device}")
+        show("saved", shown(path))
         return diffusion, losses
     if not path.exists():
         lacks = "does not exist; without --no-train it is trained"
@@ -75,7 +88,7 @@ def network(chosen: argparse.Namespace) -> tuple[Diffusion, dict[str, list[float
     if chosen.steps:
         holds = "is there already; with --steps goes --train, for another"
         raise lesson.CheckpointError(f"{shown(path)} {holds}")
-    lesson.show("kept; --train trains another", shown(path))
+    show("kept; --train trains another", shown(path))
     return kept(path, chosen.device)
 
 
@@ -128,7 +141,7 @@ def compare_guidance(diffusion: Diffusion, digits: Digits, seed: int) -> None:
     """Draw 500 digits at each guidance, let the lesson's classifier read them, look for copies."""
     device = digits.X.device
     reader, optimizer = untrained(0, device)
-    lesson.train(reader, digits.X, digits.y, optimizer=optimizer, epochs=200)
+    lesson.train(reader, [(digits.X, digits.y)], nn.CrossEntropyLoss(), optimizer, 200)
     prompts = torch.arange(10, device=device).repeat_interleave(50)
 
     known = through(diffusion, digits.X)
@@ -145,13 +158,13 @@ def compare_guidance(diffusion: Diffusion, digits: Digits, seed: int) -> None:
 
     for guidance in GUIDANCES:
         images = draw(diffusion, prompts, guidance=guidance, seed=seed)
-        right, far = lesson.accuracy(reader, images, prompts), nearest(images)
+        right, far = lesson.evaluate(reader, images, prompts)[1], nearest(images)
         row(f"guidance {guidance:g}", right, far)
         if guidance == 3:
             guided, drawn = right, far
     unseen = through(diffusion, digits.unseen_X)
     far = nearest(unseen)
-    row("real ones, held out", lesson.accuracy(reader, unseen, digits.unseen_y), far)
+    row("real ones, held out", lesson.evaluate(reader, unseen, digits.unseen_y)[1], far)
     measured = f"{guided:.1%} at guidance 3, at least 85 %"
     lesson.check("what is asked for is drawn", measured, guided >= 0.85)
     ratios = drawn.median() / far.median(), drawn.min() / far.min()
@@ -218,12 +231,12 @@ def paint(path: Path, diffusion: Diffusion, losses: dict[str, list[float]], seed
 def page(chosen: argparse.Namespace) -> None:
     """Show that the schedules are everybody's, train, and measure what is drawn."""
     quote = "Stability AI's Stable Diffusion fine-tuning pipelines"
-    lesson.heading("Stable Diffusion in miniature", quote)
+    heading("Stable Diffusion in miniature", quote)
     count = {
         name: sum(weights.numel() for weights in network.parameters())
         for name, network in (("autoencoder", Autoencoder()), ("denoiser", Denoiser()))
     }
-    lesson.show("parameters", ", ".join(f"{name} {many:,}" for name, many in count.items()))
+    show("parameters", ", ".join(f"{name} {many:,}" for name, many in count.items()))
     compare_with_diffusers()
     diffusion, losses = network(chosen)
     compare_guidance(diffusion, load_digits(device=chosen.device), chosen.seed)
@@ -231,7 +244,7 @@ def page(chosen: argparse.Namespace) -> None:
         path = chosen.output / "stable_diffusion.png"
         paint(path, diffusion, losses, chosen.seed)
         print()
-        lesson.show("drawn", shown(path))
+        show("drawn", shown(path))
 
 
 def draw_one(chosen: argparse.Namespace) -> None:
@@ -247,7 +260,7 @@ def draw_one(chosen: argparse.Namespace) -> None:
         row = torch.cat(images.view(4, 8, 8).unbind(), dim=1)
         large = row.repeat_interleave(16, dim=0).repeat_interleave(16, dim=1)
         imsave(path, large.tolist(), cmap="gray_r", vmin=0, vmax=1)
-        lesson.show("drawn", shown(path))
+        show("drawn", shown(path))
 
 
 # %% Running it
@@ -261,8 +274,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     about = "Latent diffusion on the digits, trained by train(). Without --prompt, all of the page."
     made = parser("stable_diffusion", about, "--device", "--seed", "--output", "--no-figure")
     add = made.add_argument
-    digit = functools.partial(lesson.whole_number, most=9)
-    steps = functools.partial(lesson.whole_number, least=20)
+    digit = functools.partial(whole_number, most=9)
+    steps = functools.partial(whole_number, least=20)
     strength = functools.partial(number, least=0, most=100)
     add("--prompt", metavar="D", type=digit, help="the digit to draw, 0 to 9, and nothing else")
     add("--guidance", metavar="G", type=strength, help="how far towards the prompt (3)")

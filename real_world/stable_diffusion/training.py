@@ -34,12 +34,11 @@ def train_autoencoder(model: Autoencoder, X: torch.Tensor, steps: int) -> list[f
     batches = Batches("autoencoder", draw, steps, one_cycle(optimizer, 0.003, steps).step)
     return lesson.train(
         model,
-        batches.X,
-        batches.y,
+        [(batches.X, batches.y)],
         criterion=autoencoder_loss,
         optimizer=optimizer,
         epochs=steps,
-        on_epoch=batches,
+        on_step=batches,
     )
 
 
@@ -70,12 +69,11 @@ def train_denoiser(
     batches = Batches("denoiser", draw, steps, *after)
     losses = lesson.train(
         model,
-        batches.X,
-        batches.y,
+        [(batches.X, batches.y)],
         criterion=functional.mse_loss,
         optimizer=optimizer,
         epochs=steps,
-        on_epoch=batches,
+        on_step=batches,
     )
     model.load_state_dict(average.module.state_dict())
     return losses

@@ -7,6 +7,7 @@ import sys
 import matplotlib.image
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lesson_code as lesson
@@ -54,7 +55,7 @@ def test_the_operations_of_a_step_are_those_that_pytorch_counts():
         model = lesson.SimpleClassifier(*size[1:])
         optimizer = torch.optim.Adam(model.parameters())
         with FlopCounterMode(display=False) as counter:
-            lesson.train(model, X, y, optimizer=optimizer, epochs=1)
+            lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, 1)
         assert counter.get_total_flops() == size.flops
 
 
@@ -63,11 +64,11 @@ def test_the_plain_endpoint_answers_what_the_service_does(monkeypatch, tmp_path)
 
     from real_world import lesson_checkpoint
 
-    monkeypatch.setattr(lesson, "CHECKPOINTS", tmp_path)
-    model = lesson_checkpoint(tmp_path / "lesson.pt").model
+    monkeypatch.setattr(lesson, "OUTPUT", tmp_path)
+    model = lesson_checkpoint(tmp_path / "lesson.pt")
     features = [[0.5, -1.2, 0.3, 0.8], [1.0, 2.0, 3.0, 4.0]]
     answer = TestClient(service.plain_endpoint()).post("/predict", json={"features": features})
-    classes, probabilities = lesson.predict(model, features)
+    classes, probabilities = lesson.predict(model, torch.tensor(features))
     assert answer.json()["classes"] == classes.tolist()
     torch.testing.assert_close(torch.tensor(answer.json()["probabilities"]), probabilities)
 

@@ -35,7 +35,7 @@ def deployed(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def model(deployed):
-    return lesson.load_checkpoint(deployed[0] / "lesson.pt").model.requires_grad_(False)
+    return lesson.load_checkpoint(deployed[0] / "lesson.pt")[0].requires_grad_(False)
 
 
 # The forms
@@ -75,9 +75,9 @@ def test_a_form_that_answers_something_else_is_an_error(model, tmp_path, capsys)
             return model(X) + error * (rows[row] == X).all(dim=1, keepdim=True)
 
         form = deploy.Form("altered", "", "f", lambda _, path: path.touch(), lambda *_: altered)
-        with pytest.raises(lesson.ClaimError, match="largest difference"):
+        with pytest.raises(lesson.CheckFailed, match="largest difference"):
             deploy.make(form, model, rows, tmp_path)
-        assert capsys.readouterr().out.endswith("NOT SO\n")
+        assert capsys.readouterr().out.endswith("FAILED\n")
 
 
 def test_a_form_that_is_wrong_for_one_size_of_batch_is_found_out(model):
@@ -104,7 +104,7 @@ def test_what_cannot_be_built_is_one_line_and_keeps_the_file_that_was_there(
 
 def test_without_a_compiler_the_rest_goes_on_and_cpp_says_why_not(deployed, tmp_path):
     lesson.save_checkpoint(
-        tmp_path / "lesson.pt", lesson.load_checkpoint(deployed[0] / "lesson.pt")
+        tmp_path / "lesson.pt", *lesson.load_checkpoint(deployed[0] / "lesson.pt")
     )
     command = [*COMMAND, "--cpp", "--output", str(tmp_path)]
     nothing = {**os.environ, "PATH": "/nowhere"}
@@ -121,7 +121,7 @@ def test_a_torn_checkpoint_and_a_wrong_option_get_a_sentence(deployed, tmp_path)
     whole = (deployed[0] / "lesson.pt").read_bytes()
     (tmp_path / "lesson.pt").write_bytes(whole[:-100])
     for options, status, sentence in (
-        (("--output", str(tmp_path)), 1, f"deploy: {tmp_path}/lesson.pt is cut short"),
+        (("--output", str(tmp_path)), 1, f"deploy: cannot load {tmp_path}/lesson.pt (BadZipFile: "),
         (("--output", "/proc/none"), 1, "deploy: "),
         (("--cp",), 2, "deploy: unrecognized arguments: --cp"),
     ):
@@ -258,7 +258,7 @@ def test_whatever_is_read_is_answered_right_or_refused(deployed, model, lines):
     given = answers(done)
     assert given.keys() == good.keys()
     if good:
-        rows = [[float(field) for field in line.split(",")] for line in good.values()]
+        rows = torch.tensor([[float(field) for field in line.split(",")] for line in good.values()])
         probabilities = torch.tensor([shares for _, shares in given.values()])
         expected = lesson.predict(model, rows)[1]
         torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ import matplotlib.image
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 import lesson_code as lesson
 from real_world import digits
@@ -48,7 +49,7 @@ def test_96_of_100_held_out_digits_are_read_right(tmp_path, capsys):
 
     model, optimizer = digits.untrained(0, "cpu")
     data = digits.load_digits()
-    lesson.train(model, data.X, data.y, optimizer=optimizer, epochs=200)
+    lesson.train(model, [(data.X, data.y)], nn.CrossEntropyLoss(), optimizer, 200)
     expected = torch.zeros(10, 10, dtype=torch.int64)
     for truth, read in zip(data.unseen_y, model(data.unseen_X).argmax(dim=1), strict=True):
         expected[truth, read] += 1
@@ -76,7 +77,7 @@ def test_the_picture_shows_what_was_misread_and_what_it_is(data, monkeypatch, tm
 
 
 def test_another_seed_is_another_network():
-    first, again, other = (digits.untrained(seed, "cpu")[0].hidden.weight for seed in (0, 0, 1))
+    first, again, other = (digits.untrained(seed, "cpu")[0].fc1.weight for seed in (0, 0, 1))
     assert first.equal(again)
     assert not first.equal(other)
 
@@ -84,7 +85,7 @@ def test_another_seed_is_another_network():
 def test_a_network_that_has_learnt_nothing_is_an_error(capsys, monkeypatch):
     monkeypatch.setattr(digits, "untrained", lambda seed, device: stuck(seed, device))
     assert digits.main(["--device", "cpu", "--no-figure"]) == 1
-    assert "this should hold and does not: read right" in capsys.readouterr().err
+    assert "check failed: read right" in capsys.readouterr().err
 
 
 def stuck(seed: int, device: str) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer]:

@@ -442,7 +442,7 @@ def test_a_short_training_learns_more_than_a_byte_alone_tells(tmp_path, capsys):
 
     assert page.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
     again = capsys.readouterr()
-    assert re.search(r"held out, well below a bigram +\S+ nats a byte +NOT SO\n", again.out)
+    assert re.search(r"held out, well below a bigram +\S+ nats a byte +FAILED\n", again.out)
     assert page.main([*options, "--prompt", "a"]) == 1
     already = "holds a network already; with --steps goes --train, for another"
     assert capsys.readouterr().err == f"llama: {tmp_path}/llama {already}\n"
@@ -489,7 +489,7 @@ def test_divided_over_two_it_has_the_same_losses(tmp_path):
     alone = re.findall(r"step +\d+    loss (\S+)", said)
     status, said = torchrun(2, "--steps", 40, "--output", tmp_path / "two", program=PAGE)
     assert status == 0, said
-    assert re.search(r"first 20 losses, one process +differ by \S+ +ok", said)
+    assert re.search(r"first 10 losses, one process +differ by \S+ +ok", said)
     losses = re.findall(r"step +\d+    loss (\S+)", said)
     assert len(losses) == 10
     for theirs, ours in zip(losses, alone, strict=True):

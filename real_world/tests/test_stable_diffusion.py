@@ -190,10 +190,10 @@ def test_one_that_draws_training_images_again_is_called_a_copy(capsys):
     empty = latents.mean(dim=0, keepdim=True)
     at_guidance_3 = (latents[firsts] + 2 * empty) / 3
     diffusion.denoiser = Oracle(torch.cat((at_guidance_3, empty)))
-    with pytest.raises(lesson.ClaimError, match="and not copied"):
+    with pytest.raises(lesson.CheckFailed, match="and not copied"):
         page.compare_guidance(diffusion, digits, seed=0)
     assert re.search(
-        r"and not copied +\S+ as far as real ones, nearest \S+ +NOT", capsys.readouterr().out
+        r"and not copied +\S+ as far as real ones, nearest \S+ +FAILED", capsys.readouterr().out
     )
 
 
@@ -231,9 +231,10 @@ def test_the_target_is_the_noise_that_was_added_and_the_prompt_is_the_label(monk
     """What train() gets first, taken apart again."""
     given = []
 
-    def train(model: nn.Module, X: sd.Noisy, y: torch.Tensor, **named: object) -> list[float]:
+    def train(model: nn.Module, batches: list, **named: object) -> list[float]:
+        ((X, y),) = batches
         given.append((sd.Noisy(*(each.clone() for each in X)), y.clone()))
-        return original(model, X, y, **named)
+        return original(model, batches, **named)
 
     original = lesson.train
     monkeypatch.setattr(lesson, "train", train)
@@ -339,11 +340,11 @@ def test_the_page_refuses_a_network_that_does_not_draw_what_it_is_asked(little, 
     printed = capsys.readouterr()
     assert printed.out.count("noise and steps differ by") == 6
     lines = (line for line in printed.out.splitlines() if str(little) not in line)
-    assert not [line for line in lines if len(line.removesuffix("NOT SO")) > 80]
+    assert not [line for line in lines if len(line.removesuffix("FAILED")) > 80]
     assert re.search(
-        r"what is asked for is drawn +\S+ at guidance 3, at least 85 % +NOT SO", printed.out
+        r"what is asked for is drawn +\S+ at guidance 3, at least 85 % +FAILED", printed.out
     )
-    assert printed.err.startswith("stable_diffusion: this should hold and does not: what is asked")
+    assert printed.err.startswith("stable_diffusion: check failed: what is asked")
 
 
 def test_the_picture_is_drawn(little, tmp_path):

@@ -8,6 +8,7 @@ import re
 import matplotlib.image
 import pytest
 import torch
+from torch import nn
 
 import lesson_code as lesson
 from real_world import static_graph
@@ -37,7 +38,7 @@ def test_every_loss_is_the_same_in_four_ways(seed):
     model = lesson.SimpleClassifier(6, 8, 4)
     twins = [static_graph.keras_twin(model) for _ in range(3)]
     optimizer = torch.optim.Adam(model.parameters(), lr=static_graph.LR)
-    losses = lesson.train(model, X, y, optimizer=optimizer, epochs=30)
+    losses = lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, 30)
     others = (
         static_graph.fit(twins[0], X, y, 30),
         static_graph.train_by(tf.function(static_graph.keras_step(twins[1])), X, y, 30),
@@ -50,9 +51,9 @@ def test_every_loss_is_the_same_in_four_ways(seed):
 
 def test_another_epsilon_is_another_training():
     X, y = lesson.make_synthetic_data()
-    model, optimizer = lesson.untrained(0, "cpu")
+    model, optimizer = lesson.build_model(0, "cpu")
     twin = static_graph.keras_twin(model)
-    losses = lesson.train(model, X, y, optimizer=optimizer, epochs=100)
+    losses = lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, 100)
     apart = max(
         abs(a - b) for a, b in zip(losses, static_graph.fit(twin, X, y, 100, 1e-7), strict=True)
     )
@@ -102,7 +103,7 @@ def test_an_error_is_looked_for_at_the_line_at_fault(page):
         name: int(cell(errors, name).split()[0]) for name in ("PyTorch, eager", "Keras, fit()")
     }
     assert lines["Keras, fit()"] > lines["PyTorch, eager"]
-    with pytest.raises(lesson.ClaimError, match="this should fail and does not"):
+    with pytest.raises(lesson.CheckFailed, match="this should fail and does not"):
         static_graph.traceback_of(lambda: None)
 
 

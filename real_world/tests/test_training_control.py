@@ -38,6 +38,7 @@ def loop_lines(function) -> list[str]:
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_all_lines_but_the_marked_are_the_lessons_letter_for_letter(loop):
     lines, original = loop_lines(loop), loop_lines(lesson.train)
+    original[-1] = original[-1].split("  #")[0]  # a sixth line, whose comment is train()'s own
     kept = [line for line in lines if not line.endswith("# <-")]
     assert [line for line in original if line in kept] == kept, "the same lines in the same order"
     assert 1 <= len(lines) - len(kept) <= 6
@@ -71,8 +72,7 @@ def test_the_focal_loop_trains_by_its_loss(digits):
     by_criterion, optimizer = untrained(0, "cpu")
     again = lesson.train(
         by_criterion,
-        digits.X,
-        digits.y,
+        [(digits.X, digits.y)],
         criterion=control.focal_loss,
         optimizer=optimizer,
         epochs=30,
@@ -137,14 +137,14 @@ def test_a_scaler_multiplies_the_loss_and_takes_it_out_again_before_the_update(d
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     model, optimizer = untrained(0, "cpu")
     seen = []
-    model.output.bias.register_hook(lambda gradient: seen.append(gradient.abs().max().item()))
+    model.fc2.bias.register_hook(lambda gradient: seen.append(gradient.abs().max().item()))
     scaled = control.train_mixed(model, digits.X, digits.y, optimizer, 5)
     assert calls == ["scale", "step", "update"] * 5
     assert asked == [False], "bfloat16 needs none"
     model, optimizer = untrained(0, "cpu")
-    plain = lesson.train(model, digits.X, digits.y, optimizer=optimizer, epochs=5)
+    plain = lesson.train(model, [(digits.X, digits.y)], nn.CrossEntropyLoss(), optimizer, 5)
     assert scaled == pytest.approx(plain, abs=0.01)
-    assert seen[0] > 100 * model.output.bias.grad.abs().max()
+    assert seen[0] > 100 * model.fc2.bias.grad.abs().max()
 
 
 def test_every_comparison_compares_two_ways(digits):
@@ -156,12 +156,12 @@ def test_every_comparison_compares_two_ways(digits):
 def test_mixed_precision_really_computes_in_16_bits_and_stays_near_float32(digits):
     seen = set()
     model, optimizer = untrained(0, "cpu")
-    model.output.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    model.fc2.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     mixed = control.train_mixed(model, digits.X, digits.y, optimizer, 200)
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}, "the weights stay whole"
     model, optimizer = untrained(0, "cpu")
-    whole = lesson.train(model, digits.X, digits.y, optimizer=optimizer, epochs=200)
+    whole = lesson.train(model, [(digits.X, digits.y)], nn.CrossEntropyLoss(), optimizer, 200)
     apart = max(abs(a - b) for a, b in zip(mixed, whole, strict=True))
     assert 0 < apart < 0.01
 
