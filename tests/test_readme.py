@@ -1,0 +1,113 @@
+"""The README is right: its tables name what exists, its edits turn red what they say."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import lesson_code as lesson
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LESSON = (ROOT / "lesson_code.py").read_text(encoding="utf-8")
+EDIT = re.compile(r"^\| `(.+?)` \| (swapped with )?`(.+?)` \| (`test_.+?`) \| .+ \|$", re.MULTILINE)
+
+
+def section(title: str) -> str:
+    """Return a section of the README."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    """Run the lesson on the CPU; return the folder with its files and `printed.txt`."""
+    folder = tmp_path_factory.mktemp("lesson")
+    command = [sys.executable, ROOT / "lesson_code.py", "--device", "cpu", "--output", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (folder / "printed.txt").write_text(done.stdout)
+    return folder
+
+
+def test_at_most_200_lines():
+    assert README.count("\n") <= 200
+
+
+def test_figure_is_what_the_lesson_plots(output):
+    """Except for how another version of a font renders."""
+    shown = matplotlib.image.imread(ROOT / "docs" / "lesson.png")
+    plotted = matplotlib.image.imread(output / "lesson.png")
+    assert shown.shape == plotted.shape
+    assert np.abs(shown - plotted).mean() < 0.005
+
+
+def test_table_of_sections_names_what_exists():
+    table = section("The five sections")
+    defined = re.findall(r"^def (test_\w+)", (ROOT / "test_lesson.py").read_text(), re.MULTILINE)
+    assert re.findall(r"`(test_\w+)`", table) == defined
+    columns = re.findall(r"^\| \d\. .+? \| (.*?)\|", table, re.MULTILINE)
+    assert len(columns) == 5
+    assert all(hasattr(lesson, name) for name in re.findall(r"`(\w+)`", "".join(columns)))
+
+
+def test_messages_are_those_of_pytorch(output):
+    """Compare the table with what the lesson prints, up to where a message is cut short by ..."""
+    printed = (output / "printed.txt").read_text()
+    messages = re.findall(r"^  (\w+(?:Error): .+)\n    -> ", printed, re.MULTILINE)
+    rows = re.findall(r"^\| (\w+Error: .+?) \| ", section("Common errors"), re.M)
+    if lesson.torch.version.cuda:  # this build says something else of a GPU that is not there
+        del messages[1], rows[1]
+    assert len(messages) == len(rows) >= 13
+    for message, row in zip(messages, rows, strict=True):
+        assert re.fullmatch(re.escape(row).replace(re.escape("..."), ".*"), message)
+
+
+@pytest.mark.parametrize(("old", "swap", "new", "tests"), EDIT.findall(README))
+def test_edit_turns_red_what_the_readme_says(old, swap, new, tests, tmp_path):
+    replacement = {old: new, new: old} if swap else {old: new}
+    edited = []
+    for line in LESSON.splitlines():
+        text = line.strip()
+        code = text if text in replacement else text.split("  #")[0]
+        edited.append(line.replace(code, replacement.get(code, code)) if code else line)
+    assert "\n".join(edited) != LESSON.rstrip("\n")
+    (tmp_path / "lesson_code.py").write_text("\n".join(edited))
+    shutil.copy(ROOT / "test_lesson.py", tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "test_lesson.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    failed = re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.MULTILINE)
+    assert failed == re.findall(r"test_\w+", tests), done.stdout
+
+
+def test_every_edit_is_tried():
+    """A row that EDIT does not match would be left out silently."""
+    rows = section("Break it on purpose").count("\n| `")
+    assert len(EDIT.findall(README)) == rows >= 12
+
+
+def test_code_example_works(output):
+    code = section("Options").split("```python\n")[1].split("```")[0]
+    (output / "checkpoints").mkdir()
+    shutil.copy(output / "lesson.pt", output / "checkpoints")
+    shutil.copy(ROOT / "lesson_code.py", output)
+    command = [sys.executable, "-c", f"{code}print(classes.tolist(), probabilities.shape)"]
+    done = subprocess.run(command, cwd=output, capture_output=True, text=True)
+    assert re.fullmatch(r"\[\d\] torch.Size\(\[1, 3\]\)\n", done.stdout), done.stderr
+
+
+def test_options_are_those_of_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        lesson.main(["--help"])
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert set(re.findall(r"^\| `(--[a-z-]+)", section("Options"), re.MULTILINE)) == options
+
+
+def test_files_exist():
+    files = re.findall(r"^(\S+) ", section("Files").split("```text\n")[1], re.MULTILINE)
+    assert len(files) == 8
+    for name in files:
+        assert (ROOT / name).exists()
