@@ -1,0 +1,139 @@
+"""Build docs/lesson.ipynb and docs/lesson.html from lesson_code.py: `python docs/build_lesson.py`.
+
+jupytext reads the `# %%` cells, nbclient executes them, and nbconvert renders them as a page.
+"""
+
+import ast
+import itertools
+import re
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell
+from pygments.formatters import HtmlFormatter
+
+DOCS = Path(__file__).parent
+LESSON = DOCS.parent / "lesson_code.py"
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>PyTorch in five steps</title>
+<style>
+{highlight}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 100rem; padding: 0 1rem; color: #1f2328; background: #fff;
+  font: 1rem/1.6 system-ui, sans-serif; }}
+a {{ color: #0969da; }}
+h2 {{ margin-top: 3rem; }}
+code, pre {{ font: 0.7rem/1.5 ui-monospace, Menlo, Consolas, monospace; }}
+pre {{ margin: 0; padding: 0.75rem; overflow-x: auto; }}
+.prompt, .anchor-link {{ display: none; }}
+.text_cell {{ max-width: 50rem; overflow-wrap: anywhere; }}
+.highlight, .text_cell pre {{ background: #f6f8fa; border-radius: 6px; }}
+.code_cell {{ display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; margin: 1rem 0; }}
+.output_wrapper {{ border-left: 3px solid #d1d9e0; }}
+.output_wrapper pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+.output_wrapper img {{ display: block; max-width: 100%; height: auto; padding: 0.75rem; }}
+@media (min-width: 83rem) {{
+  .code_cell:has(.output_wrapper) {{ grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); }}
+}}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def read_lesson() -> NotebookNode:
+    """Return lesson_code.py as a notebook, without the command line, which is its last cell."""
+    cells = [cell for source in jupytext.read(LESSON).cells[:-1] for cell in convert(source)]
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def convert(cell: NotebookNode) -> Iterator[NotebookNode]:
+    """Make of a `# %%` cell what reads well in a notebook.
+
+    The docstring, and the comment under a title, become prose. The body of a `@section` becomes
+    top-level code, in small cells, and so leaves variables that a reader can inspect.
+    """
+    code = cell.source
+    if docstring := ast.get_docstring(ast.parse(code)):
+        title, _, text = docstring.partition(": ")
+        yield new_markdown_cell(f"# {title}\n\n{text[0].upper()}{text[1:]}")
+        blocks = code.partition('"""\n\n')[2].split("\n\n\n")
+        blocks = [block for block in blocks if not block.startswith("def section")]
+        code = re.sub("SECTIONS.*\n", "", "\n\n\n".join([*blocks, "options = DEFAULTS"]))
+    if title := cell.metadata.get("title"):
+        yield new_markdown_cell(f"## {title}")
+    definitions, _, function = code.partition("@section\n")
+    body = textwrap.dedent(function.partition("\n")[2])
+    for part in [definitions, *split(body)]:
+        yield from prose_and_code(part)
+
+
+def split(body: str) -> list[str]:
+    """Split the body of a section at empty lines, before comments and before mistakes."""
+    parts = [""]
+    in_comment = False
+    for line in body.splitlines():
+        starts_comment = line.startswith("#") and not in_comment
+        if not line or starts_comment or line.startswith("with mistake"):
+            parts.append("")
+        parts[-1] += line + "\n"
+        in_comment = line.startswith("#")
+    return parts
+
+
+def prose_and_code(text: str) -> Iterator[NotebookNode]:
+    """Make a text cell of leading comments, and a code cell of the rest."""
+    lines = text.strip().splitlines()
+    comments = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    if comments:
+        yield new_markdown_cell(textwrap.dedent("\n".join(line[1:] for line in comments)))
+    if code := lines[len(comments) :]:
+        yield new_code_cell("\n".join(code))
+
+
+def execute(notebook: NotebookNode) -> NotebookNode:
+    """Execute the cells in one kernel, in an empty folder; return the notebook with its outputs."""
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook,
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+            coalesce_streams=True,
+        ).execute()
+    return notebook
+
+
+def render(notebook: NotebookNode) -> str:
+    """Return the notebook as a page that needs nothing else: its figure is part of it."""
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    return PAGE.format(highlight=HtmlFormatter().get_style_defs(".highlight"), body=body)
+
+
+def main() -> None:
+    """Write both files."""
+    notebook = execute(read_lesson())
+    nbformat.write(notebook, DOCS / "lesson.ipynb")
+    (DOCS / "lesson.html").write_text(render(notebook), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
