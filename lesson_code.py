@@ -191,7 +191,7 @@ def autograd_walkthrough(options):
     loss = (w * 3 - 9) ** 2  # (6 - 9)^2 = 9
     loss.backward()
     print(w.grad)  # tensor(-18.) — d(loss)/dw
-    check("by hand: 2 * (2 * 3 - 9) * 3", 2 * (2 * 3 - 9) * 3, w.grad == 2 * (2 * 3 - 9) * 3)
+    check("by hand: 2 * (2 * 3 - 9) * 3", -18, w.grad == -18)
     with mistake(RuntimeError, "second time", "the graph was freed; compute the loss again"):
         loss.backward()
     with mistake(RuntimeError, "requires grad", "NumPy has no autograd; use w.detach().numpy()"):
@@ -374,13 +374,13 @@ def save_checkpoint(
         "model_state_dict": model.state_dict(),
         "optimizer": type(optimizer).__name__,
         "optimizer_state_dict": optimizer.state_dict(),
-        "losses": losses,
+        "losses": [float(loss) for loss in losses],
     }
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(content, file)
-            os.fsync(file.fileno())  # on the disk, before it replaces the old file
+            os.fsync(file.fileno())  # on the disk before it replaces the old file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -394,7 +394,7 @@ def load_checkpoint(
     Raises CheckpointError if the file is missing, damaged or not a checkpoint of this lesson.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load verifies no checksum, skips "folders"
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores checksums, skips folders
             if archive.testzip() or any(info.external_attr & 0x10 for info in archive.infolist()):
                 raise zipfile.BadZipFile("a record is corrupted")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -403,7 +403,7 @@ def load_checkpoint(
         model.load_state_dict(content["model_state_dict"], assign=True)
         optimizer = getattr(torch.optim, content["optimizer"])(model.to(device).parameters())
         optimizer.load_state_dict(content["optimizer_state_dict"])
-        return model, optimizer, [float(loss) for loss in content["losses"]]
+        return model, optimizer, list(content["losses"])
     except Exception as error:  # a damaged file can raise any exception
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
         message = f"cannot load {path} ({reason}); 'lesson_code.py --section 5' saves a new one"
@@ -503,7 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for number in sorted(set(options.section or range(1, 6))):
             run = SECTIONS[number - 1]
-            print(f"\nSection {number}: {run.__name__.replace('_', ' ')}\n{'-' * 40}")
+            print(f"\nSection {number}: {run.__name__.replace('_', ' ')}\n{'-' * 47}")
             run(options)
             if options.pause:
                 input("\nPress Enter to continue ")
