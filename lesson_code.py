@@ -424,7 +424,7 @@ def plot_lesson(path: Path, losses: list[float], test_loss: float) -> None:
 
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     descent, training = figure.subplots(1, 2)
-    descent.set(title="Gradient descent", xlabel="iteration", ylabel="w", ylim=(1.5, 5))
+    descent.set(title="Gradient descent: w", xlabel="iteration", ylim=(1.5, 5), xticks=[0, 10, 20])
     descent.plot(gradient_descent(zero_grad=False)[0], "o--", color="C1", label="without zero_()")
     descent.plot(gradient_descent()[0], "o-", color="C0", label="with w.grad.zero_()")
     training.set(title="Training on random labels", xlabel="epoch", ylabel="cross-entropy loss")
@@ -433,7 +433,6 @@ def plot_lesson(path: Path, losses: list[float], test_loss: float) -> None:
     training.axhline(math.log(3), color="grey", ls=":", label="chance level, ln 3")
     for axes in (descent, training):
         axes.legend(frameon=False, loc="upper left")
-        axes.locator_params(axis="x", integer=True)
     figure.savefig(path)
     if IN_NOTEBOOK:
         from IPython.display import Image, display
@@ -517,4 +516,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and not IN_NOTEBOOK:
+    os.environ["MPLBACKEND"] = "agg"  # instead of that of a notebook which started this script
     sys.exit(main())

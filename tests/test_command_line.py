@@ -97,6 +97,14 @@ def test_terminal_without_utf8(encoding, tmp_path):
     assert (folder / "lesson.png").exists()
 
 
+def test_backend_of_the_notebook_that_started_the_script(tmp_path):
+    environment = {**os.environ, "MPLBACKEND": "not_installed_here"}
+    command = [*LESSON, "--section", "5", "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "lesson.png").exists()
+
+
 def test_closed_pipe_ends_quietly():
     with subprocess.Popen(LESSON, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()

@@ -1,10 +1,10 @@
 """The notebook and the page are what lesson_code.py builds, and can be read on any screen."""
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
 
+import build_lesson
 import jupytext
 import nbformat
 import numpy as np
@@ -13,10 +13,6 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = re.compile(r"-?\d+\.\d+")
-
-spec = importlib.util.spec_from_file_location("build_lesson", ROOT / "docs" / "build_lesson.py")
-build_lesson = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build_lesson)
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,6 @@ def test_options_are_those_of_the_command_line(capsys):
 
 def test_files_exist():
     files = re.findall(r"^(\S+) ", section("Files").split("```text\n")[1], re.MULTILINE)
-    assert len(files) == 8
+    assert len(files) == 9
     for name in files:
         assert (ROOT / name).exists()

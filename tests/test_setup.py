@@ -43,7 +43,7 @@ def tools_and(folder: Path, **scripts: str) -> dict[str, str]:
     """Return an environment whose PATH has the shell's tools and these scripts, and no more."""
     folder.mkdir()
     for tool in set(TOOLS.split()) - scripts.keys():  # never write through a link to a real tool
-        (folder / tool).symlink_to(shutil.which(tool))
+        (folder / tool).symlink_to(str(shutil.which(tool)))
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (folder / name).chmod(0o755)
