@@ -2,7 +2,6 @@
 
     python lesson_code.py                run all five sections; save checkpoints/lesson.pt and .png
     python lesson_code.py --section 3    run one section
-
 The article's repository: https://github.com/sysdr/aiml-p/tree/main/day144/day144_pytorch
 """
 
@@ -517,4 +516,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__" and not IN_NOTEBOOK:
     os.environ["MPLBACKEND"] = "agg"  # instead of that of a notebook which started this script
+    torch.set_num_threads(1)  # on a busy computer, more threads wait for each other
     sys.exit(main())
