@@ -40,6 +40,10 @@ def tensorflow() -> Any:  # noqa: ANN401 - a module
     """Import TensorFlow, quietly; raise OSError, which says what to do, where there is none."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
+    with contextlib.suppress(ImportError):
+        # PyTorch's own build for CUDA brings triton, and imports it at the first optimizer. After
+        # TensorFlow, it would use TensorFlow's LLVM, and abort (tensorflow/tensorflow#124205).
+        import triton  # noqa: F401
     try:
         with quiet():
             import tensorflow

@@ -3,7 +3,11 @@
 import builtins
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -13,6 +17,7 @@ from torch import nn
 import lesson_code as lesson
 from real_world import static_graph
 
+ROOT = Path(__file__).resolve().parents[2]
 tf = static_graph.tensorflow()
 
 
@@ -147,3 +152,15 @@ def test_a_wrong_option_gets_a_sentence(capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert (error.startswith("static_graph: "), error.count("\n")) == (True, 1)
+
+
+def test_triton_is_imported_before_tensorflow(tmp_path):
+    """PyTorch's build for CUDA has triton, which aborts if TensorFlow's LLVM is there first."""
+    (tmp_path / "triton.py").write_text(
+        "import sys\nassert 'tensorflow' not in sys.modules\nprint('triton')\n"
+    )
+    code = "from real_world import static_graph; static_graph.tensorflow(); print('tensorflow')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["triton", "tensorflow"], done.stderr
