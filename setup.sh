@@ -137,7 +137,7 @@ case ${1-} in
     sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
     exit
     ;;
-  -*) fail "there is no option $1: use --all, --help or a command to run" 2 ;;
+  -*) fail "unknown option $1: use --all, --help or a command to run" 2 ;;
 esac
 
 up_to_date || set_up

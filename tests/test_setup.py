@@ -117,7 +117,7 @@ def test_an_unknown_option_is_refused(project, option):
     refused = run(project, option)
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"setup.sh: there is no option {option}: use --all, --help or a command to run\n"
+        f"setup.sh: unknown option {option}: use --all, --help or a command to run\n"
     )
 
 
