@@ -84,7 +84,7 @@ install() {
   mv -f -- "$installed/identity" "$venv/" 2>/dev/null || true # until the end, .venv is incomplete
   # Without a GPU, PyPI's build for Linux would bring gigabytes of CUDA.
   torch=$(grep -E '^torch==' "$here/requirements.txt" || true)
-  if [ -n "$torch" ] && [ "$(uname -s)" = Linux ] && [ -z "$(nvidia-smi -L 2>/dev/null || true)" ]; then
+  if [ -n "$torch" ] && [ "$(uname -s)" = Linux ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *"GPU 0"* ]]; then
     if timeout 10 "$venv/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
       "$cpu_index/torch/" 2>/dev/null; then
       say "downloading PyTorch for the CPU, about 200 MB"

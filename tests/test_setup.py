@@ -213,11 +213,15 @@ def test_an_environment_of_somebody_else_is_kept(project):
     assert (own / "bin" / "python").exists()
 
 
-@pytest.mark.parametrize(("gpus", "chosen"), [(0, "CPU"), (1, ""), (2, ""), (10_000, "")])
+@pytest.mark.parametrize(
+    ("gpus", "chosen"), [(0, "CPU"), ("no driver", "CPU"), (1, ""), (2, ""), (10_000, "")]
+)
 def test_pytorch_for_the_cpu_is_chosen_without_a_gpu_only(project, gpus, chosen):
     """With many GPUs, a reader that stops after the first must not look like none."""
     (project / "requirements.txt").write_text("torch==0.0.0\n")
-    lines = "".join(f"GPU {number}: NVIDIA H100\\n" for number in range(gpus))
+    lines = "NVIDIA-SMI has failed because it could not communicate with the driver"
+    if gpus != "no driver":
+        lines = "".join(f"GPU {number}: NVIDIA H100\\n" for number in range(gpus))
     fake = tools_and(project / "bin", **{"nvidia-smi": f"printf '{lines}'", "uname": "echo Linux"})
     fake["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     nowhere = {
