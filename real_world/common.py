@@ -1,0 +1,104 @@
+"""What every example uses: its command line, its output files, and progress while it trains."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import lesson_code as lesson
+
+
+def print_heading(title: str, quote: str) -> None:
+    """Print a title and the article's words that the example is about."""
+    print(f'\n{title}\n{"=" * len(title)}\n  "{quote}"\n')
+
+
+def show(label: str, value: object) -> None:
+    """Print a label and a value, aligned with lesson_code.check()."""
+    print(f"  {label:<32} {value}")
+
+
+def bounded_int(minimum: int, maximum: int = 2**32 - 1) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from `minimum` to `maximum`."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and minimum <= int(text) <= maximum:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {minimum} to {maximum}")
+
+    return parse
+
+
+def device(name: str) -> torch.device:
+    """Argparse type: a device of this computer, by name."""
+    try:
+        return lesson.select_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def make_parser(example: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that examples share."""
+    parser = argparse.ArgumentParser(f"python -m real_world.{example}", description=description)
+    add = parser.add_argument
+    add(
+        "--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)"
+    )
+    add("--seed", metavar="N", type=bounded_int(0), default=0, help="random seed (default: 0)")
+    add("--output", metavar="DIR", type=Path, default=lesson.OUTPUT, help="default: checkpoints/")
+    add("--no-figure", action="store_true", help="do not plot a figure")
+    return parser
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run an example's main(), then exit; a user's mistake gets one line, a bug its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard what is still buffered
+        sys.exit(130)
+    except (lesson.CheckFailed, lesson.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: {error}")
+
+
+def train_progress(title: str, steps: int) -> Callable[[int, torch.Tensor], None]:
+    """Return an on_step for train(): a progress bar, and the loss ten times."""
+    bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=None)
+
+    def on_step(step: int, loss: torch.Tensor) -> None:
+        bar.update()
+        if 10 * (step + 1) // steps > 10 * step // steps:  # .item() waits for the GPU
+            bar.write(f"    step {step + 1:>5}    loss {loss.item():.4f}")
+        if step + 1 == steps:
+            bar.close()
+
+    return on_step
+
+
+def load_lesson_model(path: Path) -> lesson.SimpleClassifier:
+    """Return the model of a lesson's checkpoint; if there is none yet, train and save one.
+
+    Raises CheckpointError if the file is damaged or its weights are not finite.
+    """
+    if not path.exists():
+        show("no checkpoint yet", f"training a model for {path}")
+        model, optimizer = lesson.build_model(0, "cpu")
+        batches = [lesson.make_synthetic_data(seed=0)]
+        losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lesson.save_checkpoint(path, model, optimizer, losses)
+    model, _, _ = lesson.load_checkpoint(path)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise lesson.CheckpointError(f"the weights in {path} are not finite; train the model again")
+    return model

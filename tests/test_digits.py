@@ -1,0 +1,58 @@
+"""The digits example: the split of the data, the result, the figure."""
+
+import re
+
+import matplotlib.image
+import pytest
+import torch
+
+from real_world.digits import __main__ as digits
+from real_world.digits.data import load_digits
+from real_world.digits.model import build_model
+from real_world.digits.plot import confusion_matrix
+
+
+def test_split_is_a_seeded_partition():
+    data, again, other = load_digits(0), load_digits(0), load_digits(1)
+    assert [len(part) for part in data] == [1257, 1257, 180, 180, 360, 360]
+    assert (data.X_train.min(), data.X_train.max()) == (0, 1)
+    assert data.X_test.equal(again.X_test)
+    assert not data.X_test.equal(other.X_test)
+    images = torch.cat([data.X_train, data.X_validation, data.X_test])
+    all_images = torch.cat([other.X_train, other.X_validation, other.X_test])
+    assert images.unique(dim=0).equal(all_images.unique(dim=0))
+
+
+def test_labels_belong_to_their_images():
+    data = load_digits()
+    means = torch.stack([data.X_train[data.y_train == digit].mean(dim=0) for digit in range(10)])
+    nearest = torch.cdist(data.X_test, means).argmin(dim=1)
+    assert (nearest == data.y_test).float().mean() > 0.85
+
+
+def test_confusion_matrix_has_a_row_per_label():
+    label, predicted = torch.tensor([0, 0, 1, 9]), torch.tensor([0, 3, 1, 0])
+    matrix = confusion_matrix(predicted, label)
+    assert matrix.sum() == 4
+    assert [matrix[0, 0], matrix[0, 3], matrix[1, 1], matrix[9, 0]] == [1, 1, 1, 1]
+
+
+def test_example_reaches_96_percent_and_overfits(tmp_path, capsys):
+    digits.main(["--device", "cpu", "--output", str(tmp_path / "new")])
+    output = capsys.readouterr().out
+    assert float(re.search(r"test accuracy +([\d.]+)%", output)[1]) >= 96
+    rows = [line.split() for line in output.splitlines() if re.match(r" +\d+ +\d", line)]
+    train_loss, validation_loss = float(rows[-1][1]), float(rows[-1][2])
+    lowest = float(re.search(r"lowest validation loss +([\d.]+)", output)[1])
+    assert train_loss < 0.1 * lowest < 0.1 * validation_loss
+    assert matplotlib.image.imread(tmp_path / "new" / "digits.png").shape == (480, 1440, 4)
+
+
+def test_model_that_does_not_learn_fails_the_check(monkeypatch):
+    def frozen(seed, device):
+        model, _ = build_model(seed, device)
+        return model, torch.optim.SGD(model.parameters(), lr=0)
+
+    monkeypatch.setattr(digits, "build_model", frozen)
+    with pytest.raises(digits.lesson.CheckFailed, match="test accuracy"):
+        digits.main(["--device", "cpu", "--no-figure", "--epochs", "1"])
