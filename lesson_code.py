@@ -367,7 +367,7 @@ class CheckpointError(Exception):
 def save_checkpoint(
     path: Path | str, model: SimpleClassifier, optimizer: torch.optim.Optimizer, losses: list[float]
 ) -> None:
-    """Save a checkpoint. A crash while saving leaves the old file as it was. Raises OSError."""
+    """Save a checkpoint. If that fails (OSError, CheckpointError), the old file is unchanged."""
     content = {
         "sizes": (model.fc1.in_features, model.fc1.out_features, model.fc2.out_features),
         "model_state_dict": model.state_dict(),
@@ -380,6 +380,7 @@ def save_checkpoint(
         with temporary.open("wb") as file:
             torch.save(content, file)
             os.fsync(file.fileno())  # on the disk before it replaces the old file
+        load_checkpoint(temporary)  # raises an error for a model or optimizer of another kind
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -405,8 +406,7 @@ def load_checkpoint(
         return model, optimizer, list(content["losses"])
     except Exception as error:  # a damaged file can raise any exception
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
-        message = f"cannot load {path} ({reason}); 'lesson_code.py --section 5' saves a new one"
-        raise CheckpointError(message) from error
+        raise CheckpointError(f"cannot load {path} ({reason})") from error
 
 
 @torch.no_grad()
@@ -485,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--epochs", metavar="N", type=int, help="epochs of training (default: 100)")
     add("--seed", metavar="N", type=int, help="seed of the data and the weights (default: 0)")
-    add("--output", metavar="DIR", type=Path, help="folder of the results (default: checkpoints/)")
+    add("--output", metavar="DIR", type=lambda text: Path(text).expanduser(), help="checkpoints/")
     add("--no-figure", action="store_true", help="do not plot lesson.png")
     add("--pause", action="store_true", help="wait for Enter after every section")
     parser.set_defaults(**vars(DEFAULTS))
@@ -515,6 +515,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and not IN_NOTEBOOK:
-    os.environ["MPLBACKEND"] = "agg"  # instead of that of a notebook which started this script
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)  # not the user's settings
     torch.set_num_threads(1)  # on a busy computer, more threads wait for each other
     sys.exit(main())

@@ -265,7 +265,7 @@ def test_bad_checkpoint_is_refused(tmp_path):
     }
     for make_bad in bad_files.values():
         make_bad()
-        with pytest.raises(lesson.CheckpointError, match=r"cannot load .*model\.pt \(\w+: .+\); "):
+        with pytest.raises(lesson.CheckpointError, match=r"cannot load .*model\.pt \(\w+: .+\)"):
             lesson.load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 

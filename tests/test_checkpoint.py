@@ -43,6 +43,18 @@ def test_one_bit_flipped_in_any_byte(saved):
     assert refused > len(content) / 2
 
 
+def test_what_could_not_be_loaded_is_not_saved(saved):
+    path, model, _, losses = saved
+    content = path.read_bytes()
+    one_layer = torch.optim.Adam(model.fc2.parameters())
+    two_groups = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
+    for optimizer in (one_layer, two_groups):
+        with pytest.raises(lesson.CheckpointError, match="parameter group"):
+            lesson.save_checkpoint(path, model, optimizer, losses)
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_truncated_anywhere(saved):
     path, *_ = saved
     content = path.read_bytes()

@@ -97,12 +97,18 @@ def test_terminal_without_utf8(encoding, tmp_path):
     assert (folder / "lesson.png").exists()
 
 
-def test_backend_of_the_notebook_that_started_the_script(tmp_path):
-    environment = {**os.environ, "MPLBACKEND": "not_installed_here"}
-    command = [*LESSON, "--section", "5", "--output", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert (tmp_path / "lesson.png").exists()
+def test_settings_of_the_user_do_not_break_the_figure(tmp_path):
+    """Those of a notebook that started the script, and of a matplotlibrc that asks for LaTeX."""
+    settings = tmp_path / ".config" / "matplotlib"
+    settings.mkdir(parents=True)
+    (settings / "matplotlibrc").write_text("text.usetex: True\nfont.family: not installed\n")
+    environment = {**os.environ, "MPLBACKEND": "not_installed_here", "HOME": str(tmp_path)}
+    for unset in ("XDG_CONFIG_HOME", "MATPLOTLIBRC", "MPLCONFIGDIR"):
+        environment.pop(unset, None)
+    command = [*LESSON, "--section", "5", "--output=~/results"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "results" / "lesson.png").exists()
 
 
 def test_closed_pipe_ends_quietly():
