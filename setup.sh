@@ -44,49 +44,32 @@ find_python() {
 }
 
 make_venv() {
-  local python=$1
-  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-    fail "$python has no venv module; on Debian and Ubuntu: sudo apt install $(basename "$python")-venv"
-  say "making $venv with $("$python" --version)"
+  "$1" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$1 has no venv module; on Debian and Ubuntu: sudo apt install $(basename "$1")-venv"
+  say "making $venv with $("$1" --version)"
   rm -rf -- "$venv"
   mkdir -p -- "$installed" # first, to tell from now on that this .venv is ours
-  "$python" -m venv "$venv" || fail "could not make $venv: see the message above"
+  "$1" -m venv "$venv" || fail "could not make $venv: see the message above"
 }
 
 # Settings of pip that would install somewhere else are ignored; mirrors and certificates are kept.
 pip_install() {
   local compile=--no-compile # Python compiles what it imports; all of it would take a minute
   [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
-  rm -f -- "$venv/pip.log"
   env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_DRY_RUN -u PIP_PYTHON -u PYTHONPATH PIP_USER=0 \
-    "$venv/bin/python" -m pip install --disable-pip-version-check --log "$venv/pip.log" \
-    "$compile" "$@" >&2 && return
-  if grep -q 'No space left' "$venv/pip.log"; then
-    fail "the disk is full: free some space and run this again"
-  fi
-  cp -- "$venv/identity" "$installed/" 2>/dev/null || true # nothing was installed: the rest still works
-  if grep -qE 'Failed to establish|Name or service|NameResolution|timed out|ProxyError' "$venv/pip.log"; then
-    fail "the package index cannot be reached: check the network and run this again"
-  fi
-  fail "pip could not install the requirements: see its message above"
+    "$venv/bin/python" -m pip install --disable-pip-version-check "$compile" "$@" >&2 ||
+    fail "pip failed: see its message above, check the network and the disk, and run this again"
 }
 
 install() {
-  local free torch file arguments=()
-  if [ "${#files[@]}" -gt 1 ] && ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  local torch file arguments=() python="$venv/bin/python"
+  if [ "${#files[@]}" -gt 1 ] && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     fail "real_world/ needs Python 3.11 or newer: delete .venv, then PYTHON=python3.12 ./setup.sh --all"
   fi
-  # The number before the percentage, since the name of a file system may contain spaces.
-  free=$(df -Pk -- "$here" 2>/dev/null | awk 'NR == 2 { for (i = 2; i <= NF; i++) if ($i ~ /%$/) print int($(i - 1) / 1024) }') || free=
-  if [ ! -e "$installed/identity" ] && [ "${free:-2000}" -lt 2000 ]; then
-    fail "needs 2 GB of free disk in $here, which has $free MB"
-  fi
-  mv -f -- "$installed/identity" "$venv/" 2>/dev/null || true # until the end, .venv is incomplete
   # Without a GPU, PyPI's build for Linux would bring gigabytes of CUDA.
   torch=$(grep -E '^torch==' "$here/requirements.txt" || true)
   if [ -n "$torch" ] && [ "$(uname -s)" = Linux ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *"GPU 0"* ]]; then
-    if timeout 10 "$venv/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
-      "$cpu_index/torch/" 2>/dev/null; then
+    if timeout 10 "$python" -c "from urllib.request import urlopen; urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
       say "downloading PyTorch for the CPU, about 200 MB"
       pip_install --index-url "$cpu_index" "$torch"
     else
@@ -95,55 +78,41 @@ install() {
   fi
   for file in "${files[@]}"; do arguments+=(-r "$here/$file"); done
   pip_install "${arguments[@]}"
-  for file in "${files[@]}"; do
-    cp -- "$here/$file" "$installed/${file//\//-}"
-  done
   # shellcheck disable=SC2046 # one word per package
-  "$venv/bin/python" -Ic 'import sys; [__import__(name) for name in sys.argv[1:]]' \
+  "$python" -Ic 'import sys; [__import__(name) for name in sys.argv[1:]]' \
     $(sed -n 's/==.*//p' "$here/requirements.txt") ||
     fail "what pip installed cannot be imported: does 'pip config list' name another place?"
+  for file in "${files[@]}"; do cp -- "$here/$file" "$installed/${file//\//-}"; done
   identity >"$installed/identity"
 }
 
 set_up() {
   local python lock='import fcntl, sys; fcntl.flock(9, fcntl.LOCK_EX | int(sys.argv[1]))'
-  [ -w "$here" ] || fail "cannot write in $here"
   python=$(find_python)
   exec 9<"${BASH_SOURCE[0]}" # the lock is the system's: it ends with this process, however that ends
   if ! "$python" -c "$lock" 4 2>/dev/null; then # 4 is LOCK_NB: do not wait
     say "waiting for another setup.sh in this folder"
     "$python" -c "$lock" 0 || true
   fi
-  if ! up_to_date; then
-    if [ -e "$venv" ] && [ ! -d "$installed" ]; then
-      fail "$venv was not made by setup.sh: move or delete it, then run this again"
-    fi
-    if [ "$(cat "$installed/identity" 2>/dev/null)" != "$(identity)" ]; then
-      [ ! -e "$venv" ] || say "an earlier set-up was interrupted, or something moved: starting again"
-      make_venv "$python"
-    fi
-    install
+  if [ -e "$venv" ] && [ ! -d "$installed" ]; then
+    fail "$venv was not made by setup.sh: move or delete it, then run this again"
   fi
+  if [ "$(cat "$installed/identity" 2>/dev/null)" != "$(identity)" ]; then
+    [ ! -e "$venv" ] || say "an earlier set-up was interrupted, or something moved: starting again"
+    make_venv "$python"
+  fi
+  up_to_date || install
   exec 9<&-
 }
 
 files=(requirements.txt)
 case ${1-} in
-  --all)
-    [ ! -e "$here/real_world/requirements.txt" ] || files+=(real_world/requirements.txt)
-    shift
-    ;;
-  --help | -h)
-    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
-    exit
-    ;;
+  --all) files+=(real_world/requirements.txt) && shift ;;
+  --help | -h) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" && exit ;;
   -*) fail "unknown option $1: use --all, --help or a command to run" 2 ;;
 esac
 
 up_to_date || set_up
-if [ $# -eq 0 ]; then
-  say "ready; './setup.sh python lesson_code.py' runs the lesson"
-  exit
-fi
+[ $# -gt 0 ] || { say "ready; './setup.sh python lesson_code.py' runs the lesson" && exit; }
 export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
 exec "$@"
