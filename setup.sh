@@ -31,16 +31,16 @@ up_to_date() {
 }
 
 find_python() {
-  local python candidates=(python3 python3.{14,13,12,11,10} python)
+  local python candidates=(python3 python3.{15,14,13,12,11,10} python)
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for python in "${candidates[@]}"; do
-    if "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then
+    if "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 16))' 2>/dev/null; then
       printf '%s' "$python"
       return
     fi
   done
   python=${candidates[0]}
-  fail "needs Python 3.10 to 3.14, but finds $("$python" --version 2>&1 || true); install one or name it: PYTHON=python3.12 ./setup.sh"
+  fail "needs Python 3.10 to 3.15, but finds $("$python" --version 2>&1 || true); install one or name it: PYTHON=python3.12 ./setup.sh"
 }
 
 make_venv() {
@@ -62,16 +62,16 @@ pip_install() {
 }
 
 install() {
-  local torch file arguments=() python="$venv/bin/python"
-  if [ "${#files[@]}" -gt 1 ] && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    fail "real_world/ needs Python 3.11 or newer: delete .venv, then PYTHON=python3.12 ./setup.sh --all"
+  local file arguments=() python="$venv/bin/python"
+  if [ "${#files[@]}" -gt 1 ] && ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; then
+    fail "real_world/ needs Python 3.11 to 3.14: delete .venv, then PYTHON=python3.12 ./setup.sh --all"
   fi
   # Without a GPU, PyPI's build for Linux would bring gigabytes of CUDA.
-  torch=$(grep -E '^torch==' "$here/requirements.txt" || true)
-  if [ -n "$torch" ] && [ "$(uname -s)" = Linux ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *"GPU 0"* ]]; then
+  if grep -q '^torch==' "$here/requirements.txt" && [ "$(uname -s)" = Linux ] &&
+    [[ "$(nvidia-smi -L 2>/dev/null || true)" != *"GPU 0"* ]]; then
     if timeout 10 "$python" -c "from urllib.request import urlopen; urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
       say "downloading PyTorch for the CPU, about 200 MB"
-      pip_install --index-url "$cpu_index" "$torch"
+      pip_install --index-url "$cpu_index" -r <(grep '^torch==' "$here/requirements.txt")
     else
       say "$cpu_index cannot be reached: taking PyTorch from PyPI, which may download 3 GB"
     fi

@@ -83,7 +83,7 @@ def test_a_python_too_old_for_the_pages_is_named(project):
     python.chmod(0o755)
     refused = run(project, "--all", "true")
     assert refused.returncode == 1
-    assert "real_world/ needs Python 3.11 or newer: delete .venv" in refused.stderr
+    assert "real_world/ needs Python 3.11 to 3.14: delete .venv" in refused.stderr
     assert run(project, "true").returncode == 0, "the lesson goes on"
 
 
@@ -127,7 +127,7 @@ def test_a_python_too_old_is_named(project):
     old = tools_and(project / "bin", python3='[ "$1" = --version ] && echo Python 3.8.1')
     refused = run(project, "true", **old)
     assert refused.returncode == 1
-    assert "needs Python 3.10 to 3.14, but finds Python 3.8.1" in refused.stderr
+    assert "needs Python 3.10 to 3.15, but finds Python 3.8.1" in refused.stderr
     assert not (project / ".venv").exists()
 
 
@@ -241,7 +241,7 @@ def test_variables_of_the_shell_do_no_harm(project):
 def test_a_python_that_does_not_exist_is_not_replaced(project):
     refused = run(project, "true", PYTHON="/no/such/python")
     assert refused.returncode == 1
-    assert "needs Python 3.10 to 3.14, but finds" in refused.stderr
+    assert "needs Python 3.10 to 3.15, but finds" in refused.stderr
     assert "/no/such/python" in refused.stderr
     assert not (project / ".venv").exists()
 
