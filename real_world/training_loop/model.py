@@ -1,0 +1,25 @@
+"""A model for two tasks."""
+
+import torch
+from torch import nn
+
+
+class MultiTaskModel(nn.Module):
+    """A layer that both tasks share, and a head for each: the digit, and its ink.
+
+    R. Caruana, "Multitask Learning", 1997.
+    """
+
+    def __init__(self, hidden_size: int = 128) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(64, hidden_size)
+        self.relu = nn.ReLU()
+        self.digit_head = nn.Linear(hidden_size, 10)
+        self.ink_head = nn.Linear(hidden_size, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of the digit, and the ink."""
+        features = self.relu(self.fc1(x))  # (batch, 64) -> (batch, hidden_size)
+        logits = self.digit_head(features)  # (batch, 10)
+        ink = self.ink_head(features).squeeze(1)  # (batch,)
+        return logits, ink
