@@ -149,10 +149,14 @@ def test_scheduler_is_an_on_step_of_train():
 
 def test_early_stopping_restores_the_best_epoch():
     validation = DIGITS.X_validation, DIGITS.y_validation
+    modes = []
     model, optimizer = build_model(0)
+    hook = model.register_forward_pre_hook(lambda model, inputs: modes.append(model.training))
     _, validation_losses = loops.train_with_early_stopping(
         model, BATCHES, cross_entropy, optimizer, 200, *validation, patience=3
     )
+    hook.remove()
+    assert modes == [True, True, True, False] * len(validation_losses)
     best = validation_losses.index(min(validation_losses)) + 1
     assert len(validation_losses) == best + 3 < 200
     assert lesson.evaluate(model, *validation)[0] == min(validation_losses)
