@@ -2,7 +2,7 @@
 
     python -m real_world.training_loop
 
-The loops are in loops.py. Two that are compared start from the same weights, with the same batches.
+The loops are in loops.py. Compared loops start from the same weights and use the same mini-batches.
 """
 
 import math
