@@ -1,0 +1,83 @@
+"""Llama's configuration, by the names in Hugging Face's config.json."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 extends its rotary embedding to longer contexts than it was trained on."""
+
+    factor: float  # low frequencies are divided by it
+    low_freq_factor: float  # a frequency is low with fewer rotations in the original context,
+    high_freq_factor: float  # and high, and not scaled, with more
+    original_max_position_embeddings: int  # the original context length
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The sizes of a Llama. Llamas of all sizes differ in nothing else."""
+
+    vocab_size: int  # number of different tokens
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width of the MLP
+    num_hidden_layers: int  # number of decoder layers
+    num_attention_heads: int  # number of query heads
+    num_key_value_heads: int  # number of key and value heads; each serves several query heads
+    head_dim: int  # width of a head, usually hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5  # added to the mean square, against division by zero
+    rope_theta: float = 500_000.0  # base of the rotary embedding's frequencies
+    rope_scaling: RopeScaling | None = None  # None: the context length of the training
+    tie_word_embeddings: bool = False  # True: lm_head shares the weights of the embedding
+    eos_token_ids: tuple[int, ...] = ()  # generation stops after any of these tokens
+
+
+LLAMA_TINY = LlamaConfig(  # trains in a minute on a CPU
+    vocab_size=256,  # a token is a byte
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    tie_word_embeddings=True,
+)
+
+# A. Grattafiori et al., "The Llama 3 Herd of Models", 2024, table 3, and each model's config.json.
+LLAMA_3_1_SCALING = RopeScaling(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+LLAMA_CONFIGS = {
+    "Llama 3.1 8B": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=LLAMA_3_1_SCALING,
+    ),
+    "Llama 3.1 70B": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=LLAMA_3_1_SCALING,
+    ),
+    "Llama 3.1 405B": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=16_384,
+        intermediate_size=53_248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=LLAMA_3_1_SCALING,
+    ),
+}
