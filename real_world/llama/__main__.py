@@ -1,0 +1,138 @@
+"""Llama 3 in miniature: compared with transformers', and trained by the lesson's train().
+
+    python -m real_world.llama                                      the whole story; a minute
+    python -m real_world.llama --prompt "A class"                   generate with the trained model
+    python -m real_world.llama --prompt "A class" --weights DIR     with a Llama from Hugging Face
+
+The article: "Every production PyTorch model, from a two-layer classifier to a 70-billion-parameter
+language model, follows this exact same pattern." This is that language model; only the sizes in its
+configuration are smaller.
+"""
+
+import argparse
+import math
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+
+import lesson_code as lesson
+from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
+from real_world.llama.checkpoint import load_pretrained, save_pretrained
+from real_world.llama.config import LLAMA_TINY
+from real_world.llama.costs import compare_decoding, num_parameters, print_costs
+from real_world.llama.data import byte_entropies, load_corpus, train_val_split
+from real_world.llama.generate import SamplingParams, stream_generate
+from real_world.llama.model import Llama
+from real_world.llama.parity import check_parity
+from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
+from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, STEPS, evaluate, train_llama
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser("llama", "Llama 3 in miniature: parity, training, generation, costs.")
+    add = parser.add_argument
+    add("--steps", metavar="N", type=bounded_int(20), default=STEPS, help="default: 1000")
+    add("--prompt", metavar="TEXT", help="only continue this text, with the trained model")
+    add("--weights", metavar="DIR", type=Path, help="with --prompt: a Llama from Hugging Face")
+    add("--max-new-tokens", metavar="N", type=bounded_int(1), default=240, help="default: 240")
+    add("--temperature", metavar="T", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
+    add("--top-p", metavar="P", type=float, default=1.0, help="... from the fewest that sum to P")
+    args = parser.parse_args(argv)
+    if args.weights and args.prompt is None:
+        parser.error("--weights requires --prompt")
+    if not 0 <= args.temperature < math.inf:
+        parser.error("argument --temperature: must be a number from 0")
+    if not 0 < args.top_p <= 1:
+        parser.error("argument --top-p: must be a number between 0 and 1")
+    if args.prompt == "":
+        parser.error("argument --prompt: must not be empty")
+    return args
+
+
+def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
+    """Print a prompt and what a model from a folder generates after it."""
+    folder = args.weights or args.output / "llama"
+    if not args.weights and not folder.exists():
+        message = f"no trained model in {folder}; 'python -m real_world.llama' trains one"
+        raise lesson.CheckpointError(message)
+    model = load_pretrained(folder, args.device)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    for piece in stream_generate(model, tokenizer, args.prompt, args.max_new_tokens, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+def print_sample(title: str, model: Llama, max_new_tokens: int, params: SamplingParams) -> None:
+    print(f"\n  {title}")
+    text = "".join(stream_generate(model, ByteTokenizer(), "The ", max_new_tokens, params))
+    for paragraph in text.split("\n"):
+        for line in textwrap.wrap(paragraph, 72) or [""]:
+            print(f"    | {line}".rstrip())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.prompt is not None:
+        continue_prompt(args, params)
+        return
+    print_heading(
+        "Llama 3 in miniature",
+        "from a two-layer classifier to a 70-billion-parameter language model",
+    )
+    folder = args.output / "llama"
+    folder.mkdir(parents=True, exist_ok=True)
+    show("parameters", f"{num_parameters(LLAMA_TINY):,}")
+
+    print("\n  Compared with transformers' LlamaForCausalLM, with the same random weights")
+    check_parity()
+
+    print("\n  Data: Python's language reference, in bytes")
+    train_text, validation_text = train_val_split(load_corpus())
+    entropies = byte_entropies(validation_text)
+    show("training + validation", f"{len(train_text):,} + {len(validation_text):,}")
+    show("validation: unigram entropy", f"{entropies[0]:.4f} nats per byte")
+    show("validation: bigram entropy", f"{entropies[1]:.4f} nats per byte")
+
+    torch.manual_seed(args.seed)
+    model = Llama(LLAMA_TINY).to(args.device)
+    print_sample("Generated before training", model, args.max_new_tokens, params)
+
+    batch = f"{BATCH_SIZE} x {CONTEXT_LENGTH} bytes"
+    print(f"\n  Training, {args.steps} steps of {batch} on {args.device}")
+    start = time.perf_counter()
+    losses = train_llama(model, train_text, args.steps, args.seed)
+    seconds = time.perf_counter() - start
+    rate = args.steps * BATCH_SIZE * CONTEXT_LENGTH / seconds
+    show("trained in", f"{seconds:.0f} s, {rate:,.0f} bytes per second")
+    save_pretrained(model, folder)
+    show("saved to", folder)
+    validation_loss = evaluate(model, validation_text)
+    if args.steps >= STEPS:
+        value = f"{validation_loss:.4f} nats per byte"
+        lesson.check("validation loss", value, validation_loss < 0.75 * entropies[1])
+    else:
+        show("validation loss", f"{validation_loss:.4f} nats per byte")
+    print_sample("Generated after training", model, args.max_new_tokens, params)
+
+    print("\n  Decoding with and without KV cache")
+    prompt = torch.tensor([ByteTokenizer().encode("The ")], device=args.device)  # (1, length)
+    times = compare_decoding(model, prompt)
+
+    print("\n  Costs at a context length of 8,192 (of this model: 128)")
+    print_costs(model)
+
+    if not args.no_figure:
+        from real_world.llama.plot import plot_llama
+
+        path = args.output / "llama.png"
+        plot_llama(path, losses, validation_loss, entropies, times)
+        print()
+        show("figure saved to", path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

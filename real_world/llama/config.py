@@ -1,6 +1,6 @@
 """Llama's configuration, by the names in Hugging Face's config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,41 +43,35 @@ LLAMA_TINY = LlamaConfig(  # trains in a minute on a CPU
 )
 
 # A. Grattafiori et al., "The Llama 3 Herd of Models", 2024, table 3, and each model's config.json.
-LLAMA_3_1_SCALING = RopeScaling(
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
+LLAMA_3_1_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_scaling=RopeScaling(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
 )
 LLAMA_CONFIGS = {
-    "Llama 3.1 8B": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_scaling=LLAMA_3_1_SCALING,
-    ),
-    "Llama 3.1 70B": LlamaConfig(
-        vocab_size=128_256,
+    "Llama 3.1 8B": LLAMA_3_1_8B,
+    "Llama 3.1 70B": replace(
+        LLAMA_3_1_8B,
         hidden_size=8192,
         intermediate_size=28_672,
         num_hidden_layers=80,
         num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_scaling=LLAMA_3_1_SCALING,
     ),
-    "Llama 3.1 405B": LlamaConfig(
-        vocab_size=128_256,
+    "Llama 3.1 405B": replace(
+        LLAMA_3_1_8B,
         hidden_size=16_384,
         intermediate_size=53_248,
         num_hidden_layers=126,
         num_attention_heads=128,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_scaling=LLAMA_3_1_SCALING,
     ),
 }

@@ -27,22 +27,20 @@ def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
     if scaling is None:
         return inv_freq
     rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    smooth = (rotations - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = smooth.clamp(0, 1)  # 0 for low frequencies, 1 for high ones
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)  # 0 for low frequencies, 1 for high
     return smooth * inv_freq + (1 - smooth) * inv_freq / scaling.factor
 
 
 def rope_cos_sin(
-    config: LlamaConfig, start: int, length: int, device: torch.device, dtype: torch.dtype
+    config: LlamaConfig, start: int, length: int, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and sines for positions `start` to `start + length`."""
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rope_inv_freq(config, device))  # (length, head_dim / 2)
-    angles = angles.repeat(1, 2)  # (length, head_dim): both features of a pair
+    """Return cos and sin, (length, head_dim), of positions from `start`, in the dtype of `like`."""
     # In bfloat16, the angles of distant positions would be wrong: convert only the results.
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, rope_inv_freq(config, like.device))  # (length, head_dim / 2)
+    angles = angles.repeat(1, 2)  # (length, head_dim): the same for both features of a pair
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -58,16 +56,11 @@ class KVCache:
     """The keys and values of one layer for all previous tokens."""
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        batch_size: int,
-        max_length: int,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: LlamaConfig, batch_size: int, max_length: int, like: torch.Tensor
     ) -> None:
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k_cache = torch.empty(shape, device=device, dtype=dtype)
-        self.v_cache = torch.empty(shape, device=device, dtype=dtype)
+        self.k_cache = like.new_empty(shape)
+        self.v_cache = like.new_empty(shape)
         self.length = 0
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,8 +121,8 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (batch, length, hidden_size), as x."""
-        x = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)  # (batch, length, intermediate_size)
-        return self.down_proj(x)  # (batch, length, hidden_size)
+        gate = nn.functional.silu(self.gate_proj(x))  # (batch, length, intermediate_size)
+        return self.down_proj(gate * self.up_proj(x))  # (batch, length, hidden_size)
 
 
 class DecoderLayer(nn.Module):
@@ -166,7 +159,7 @@ class Decoder(nn.Module):
         start = caches[0].length if caches else 0
         assert start == 0 or length == 1, "after the prompt, decode one token at a time"
         x = self.embed_tokens(tokens)  # (batch, length, hidden_size)
-        cos, sin = rope_cos_sin(self.config, start, length, x.device, x.dtype)
+        cos, sin = rope_cos_sin(self.config, start, length, like=x)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, caches[index] if caches else None)
         return self.norm(x)  # (batch, length, hidden_size)

@@ -1,0 +1,129 @@
+"""Configuration and weights in Hugging Face's folder format: config.json and safetensors files.
+
+Safetensors files hold tensors only; unlike pickles, they cannot run code when they are loaded.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from lesson_code import CheckpointError
+from real_world.llama.config import LlamaConfig, RopeScaling
+from real_world.llama.model import Llama
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """Read a config.json. Raises CheckpointError if it describes a model that is not supported."""
+    content = json.loads(path.read_text())
+    # transformers 5 writes all of it to rope_parameters, other versions and Meta to rope_scaling.
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    requirements = {
+        "model_type 'llama'": content.get("model_type") == "llama",
+        "hidden_act 'silu'": content.get("hidden_act", "silu") == "silu",
+        "attention_bias False": not content.get("attention_bias"),
+        "mlp_bias False": not content.get("mlp_bias"),
+        "rope_type 'default' or 'llama3'": rope_type in ("default", "llama3"),
+        "no quantization_config": not content.get("quantization_config"),
+    }
+    for requirement, met in requirements.items():
+        if not met:
+            raise CheckpointError(f"{path} is not supported: it must have {requirement}")
+    scaling = None
+    if rope_type == "llama3":
+        scaling = RopeScaling(
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_max_position_embeddings=rope["original_max_position_embeddings"],
+        )
+    heads = content["num_attention_heads"]
+    eos = content.get("eos_token_id")
+    return LlamaConfig(  # the defaults are those of transformers
+        vocab_size=content["vocab_size"],
+        hidden_size=content["hidden_size"],
+        intermediate_size=content["intermediate_size"],
+        num_hidden_layers=content["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=content.get("num_key_value_heads") or heads,
+        head_dim=content.get("head_dim") or content["hidden_size"] // heads,
+        rms_norm_eps=content.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta") or content.get("rope_theta", 10_000.0),
+        rope_scaling=scaling,
+        tie_word_embeddings=content.get("tie_word_embeddings", False),
+        eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
+    )
+
+
+def config_to_dict(config: LlamaConfig) -> dict:
+    """Return the content of a config.json that all versions of transformers read."""
+    content = dataclasses.asdict(config)
+    content["architectures"] = ["LlamaForCausalLM"]
+    content["model_type"] = "llama"
+    content["bos_token_id"] = None
+    content["eos_token_id"] = list(content.pop("eos_token_ids")) or None
+    if config.rope_scaling is not None:
+        content["rope_scaling"]["rope_type"] = "llama3"
+    return content
+
+
+def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> Llama:
+    """Load a Llama from a folder in Hugging Face's format, in the dtype of its files.
+
+    On the CPU, the weights are memory-mapped: read from the file when they are needed, not copied.
+
+    Raises:
+        CheckpointError: a file is damaged, or the weights do not match config.json.
+        OSError: a file is missing.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):  # shapes only: no memory, no random weights
+        model = Llama(read_config(folder / "config.json"))
+    paths = [folder / "model.safetensors"]
+    if not paths[0].exists():
+        paths = sorted(folder.glob("model-*-of-*.safetensors")) or paths
+    state_dict: dict[str, torch.Tensor] = {}
+    for path in paths:
+        try:
+            state_dict |= load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    for name in list(state_dict):
+        if name.endswith("rotary_emb.inv_freq"):  # in old files; it follows from the config
+            del state_dict[name]
+    embedding = state_dict.get("model.embed_tokens.weight")
+    if model.config.tie_word_embeddings and embedding is not None:
+        state_dict["lm_head.weight"] = embedding
+    try:
+        model.load_state_dict(state_dict, assign=True)
+    except RuntimeError as error:  # lists missing and unexpected names, and different shapes
+        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+    model.tie_weights()
+    return model
+
+
+def save_pretrained(model: Llama, folder: Path | str) -> None:
+    """Save a Llama to a folder that load_pretrained() and Hugging Face's libraries read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state_dict["lm_head.weight"]
+    atomic_write(folder / "model.safetensors", save(state_dict, metadata={"format": "pt"}))
+    config = json.dumps(config_to_dict(model.config), indent=2)
+    atomic_write(folder / "config.json", f"{config}\n".encode())
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file. A crash while writing leaves the old file as it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

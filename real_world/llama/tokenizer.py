@@ -1,0 +1,47 @@
+"""Text to tokens and back."""
+
+from pathlib import Path
+
+import tokenizers
+
+from lesson_code import CheckpointError
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8: 256 tokens, and nothing to train."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the bytes of a text."""
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of bytes; U+FFFD stands for what is not UTF-8."""
+        return bytes(tokens).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a model from Hugging Face, from its tokenizer.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, after the special tokens that the model expects."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, without special tokens."""
+        return self.tokenizer.decode(tokens)
+
+
+Tokenizer = ByteTokenizer | HuggingFaceTokenizer
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a model's folder; without tokenizer.json, 256 tokens are bytes."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return HuggingFaceTokenizer(path)
+    if vocab_size == 256:
+        return ByteTokenizer()
+    raise CheckpointError(f"{folder} has no tokenizer.json")
