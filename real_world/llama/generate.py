@@ -38,7 +38,6 @@ def filter_logits(
         sorted_logits, order = logits.sort(descending=True)
         p = sorted_logits.softmax(dim=-1)
         remove = p.cumsum(dim=-1) - p >= top_p  # more likely tokens have top_p already
-        remove[:, 0] = False  # always keep the most likely token
         logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
     return logits
 

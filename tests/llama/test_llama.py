@@ -1,0 +1,238 @@
+"""The Llama example: parity with transformers, generation, data, training, costs."""
+
+import contextlib
+import io
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import tokenizers
+import torch
+
+import lesson_code as lesson
+from real_world.llama import __main__ as llama
+from real_world.llama import costs, parity
+from real_world.llama.checkpoint import save_pretrained
+from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
+from real_world.llama.data import RandomWindows, byte_entropies, load_corpus, train_val_split
+from real_world.llama.generate import SamplingParams, filter_logits, generate, stream_generate
+from real_world.llama.model import KVCache, Llama
+from real_world.llama.tokenizer import ByteTokenizer
+from real_world.llama.train import next_token_loss, train_llama
+
+CONFIG = parity.BASE
+PROMPT = torch.tensor([[1, 2, 3]])
+
+
+def build(config: LlamaConfig = CONFIG, std: float = 0.0) -> Llama:
+    """Return a model with seeded weights, to which noise is added, to those of the norms too."""
+    torch.manual_seed(0)
+    model = Llama(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * std)
+    return model
+
+
+def generated(model: Llama, prompt: torch.Tensor, n: int, **options) -> torch.Tensor:
+    return torch.stack(list(generate(model, prompt, n, **options)), dim=1)
+
+
+# %% Parity with transformers
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, num_hidden_layers=2, rope_theta=10_000.0, rms_norm_eps=1e-3),
+        replace(CONFIG, num_key_value_heads=1, tie_word_embeddings=True),
+        replace(CONFIG, num_attention_heads=6, num_key_value_heads=2, head_dim=8),
+        replace(CONFIG, num_key_value_heads=2, rope_scaling=parity.SCALING),
+    ],
+)
+def test_logits_gradients_and_greedy_tokens_equal_transformers(config):
+    model = build(config, std=0.05)
+    reference = parity.to_transformers(model)
+    tokens = torch.randint(97, (2, 70))
+    assert max(parity.max_abs_diff(model, reference, tokens)) <= 1e-5
+    expected = reference.generate(tokens[:, :2], max_new_tokens=20, do_sample=False)[:, 2:]
+    assert generated(model, tokens[:, :2], 20).equal(expected)
+    assert generated(model, tokens[:, :2], 20, use_cache=False).equal(expected)
+
+
+def test_parity_check_detects_a_different_weight():
+    model = build()
+    reference = parity.to_transformers(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] += 0.01
+    assert min(parity.max_abs_diff(model, reference, torch.arange(40).view(2, 20))) > 1e-5
+
+
+def test_bfloat16_logits_are_near_transformers_in_a_long_context():
+    model = build(replace(CONFIG, rope_theta=10_000.0), std=0.1).bfloat16()
+    tokens = torch.randint(97, (1, 600))
+    with torch.no_grad():
+        diff = model(tokens) - parity.to_transformers(model)(tokens).logits
+    assert diff.abs().mean() < 0.05  # with angles computed in bfloat16, it is 0.2
+
+
+# %% Generation
+
+
+def test_filter_logits_equals_transformers():
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(6, 50) * 3
+    for temperature, top_k, top_p in ((0.5, 50, 1.0), (1.3, 7, 1.0), (1.0, 50, 0.6), (2.0, 9, 0.8)):
+        expected = TemperatureLogitsWarper(temperature)(None, logits)
+        expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, expected))
+        torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), expected)
+
+
+def test_sampling_depends_on_the_seed_and_on_nothing_if_greedy():
+    model = build()
+
+    def tokens(*params) -> list[int]:
+        return generated(model, PROMPT, 30, params=SamplingParams(*params))[0].tolist()
+
+    assert tokens(1.0, None, 1.0, 1) == tokens(1.0, None, 1.0, 1) == tokens(1.0, 1000, 1.0, 1)
+    assert tokens(1.0, None, 1.0, 1) != tokens(1.0, None, 1.0, 2)
+    assert tokens(0.0) == tokens(1.0, 1) == tokens(1.0, None, 1e-9) == tokens(1e-9)
+    batch = generated(model, PROMPT.repeat(4, 1), 10, params=SamplingParams(1.0))
+    assert len({tuple(row) for row in batch.tolist()}) == 4
+
+
+def test_kv_cache_processes_every_token_once():
+    model, lengths = build(), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
+    generated(model, PROMPT, 5)
+    generated(model, PROMPT, 5, use_cache=False)
+    assert lengths == [3, 1, 1, 1, 1, 3, 4, 5, 6, 7]
+
+
+def test_streamed_text_has_whole_characters_and_no_control_characters(monkeypatch):
+    tokens = iter("né\x1b[2J€\n".encode() + b"\xff")
+    monkeypatch.setattr("real_world.llama.generate.sample", lambda *_: torch.tensor([next(tokens)]))
+    pieces = list(stream_generate(build(LLAMA_TINY), ByteTokenizer(), "A", 12, SamplingParams()))
+    assert pieces == ["A", "n", "é", ".", "[", "2", "J", "€", "\n", "."]
+
+
+def test_generation_with_a_tokenizer_stops_at_the_end_of_sequence(tmp_path, capsys):
+    words = tokenizers.models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = build()
+    new = generated(model, torch.tensor([[4, 7]]), 12)[0].tolist()
+    model.config = replace(CONFIG, eos_token_ids=(96, new[5]))
+    save_pretrained(model, tmp_path)
+    arguments = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
+    with pytest.raises(lesson.CheckpointError, match=r"has no tokenizer\.json"):
+        llama.main(arguments)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    llama.main(arguments)
+    expected = [4, 7, *new[: new.index(new[5])]]
+    assert capsys.readouterr().out.split() == [f"w{n}" for n in expected]
+
+
+# %% Data, training and costs
+
+
+def test_entropies_of_known_distributions():
+    alternating = torch.tensor([0, 1] * 500, dtype=torch.uint8)
+    assert byte_entropies(alternating) == (pytest.approx(math.log(2)), pytest.approx(0, abs=1e-5))
+    torch.manual_seed(0)
+    dice = torch.randint(6, (200_000,), dtype=torch.uint8)
+    assert byte_entropies(dice) == (pytest.approx(math.log(6), abs=1e-3),) * 2
+
+
+def test_corpus_has_no_duplicate_paragraphs():
+    train_text, validation_text = train_val_split(load_corpus())
+    assert len(validation_text) == len(load_corpus()) // 10
+    paragraphs = bytes([*train_text.tolist(), *validation_text.tolist()]).decode().split("\n\n")
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+
+
+def test_windows_cover_the_text_and_y_is_the_next_byte():
+    text = torch.arange(100, dtype=torch.uint8)
+    batches = list(RandomWindows(text, batch_size=16, context_length=20, steps=30, seed=1))
+    assert len(batches) == 30
+    assert all(X.shape == y.shape == (16, 20) and y.equal(X + 1) for X, y in batches)
+    starts = torch.stack([X[:, 0] for X, _ in batches])
+    assert (starts.min(), starts.max()) == (0, 79)
+    again, other = [next(iter(RandomWindows(text, 16, 20, 1, seed)))[0] for seed in (1, 2)]
+    assert batches[0][0].equal(again)
+    assert not batches[0][0].equal(other)
+
+
+def test_train_is_the_lessons(monkeypatch):
+    calls, train = [], lesson.train
+    monkeypatch.setattr(lesson, "train", lambda *args, **_: calls.append(args) or train(*args, **_))
+    model = build(replace(CONFIG, vocab_size=256))
+    losses = train_llama(model, load_corpus(), 20, seed=0)
+    assert [(args[0], args[2]) for args in calls] == [(model, next_token_loss)]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> tuple[Path, str]:
+    """Return the output folder and the printed output of the example with a short training."""
+    folder = tmp_path_factory.mktemp("story")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        llama.main(["--device", "cpu", "--steps", "150", "--output", str(folder)])
+    return folder, output.getvalue()
+
+
+def test_example_learns_more_than_byte_frequencies(story):
+    folder, output = story
+    unigram = float(re.search(r"unigram entropy +([\d.]+)", output)[1])
+    assert float(re.search(r"validation loss +([\d.]+)", output)[1]) < unigram - 0.3
+    assert output.count(" ok\n") == 9
+    assert len(re.findall(r"^    step +\d+    loss", output, re.MULTILINE)) == 10
+    assert matplotlib.image.imread(folder / "llama.png").shape == (480, 1440, 4)
+
+
+def test_prompt_is_continued_by_the_trained_model(story, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        llama.main(["--output", str(story[0]), "--prompt", "The é", "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("The é")
+    assert len(texts[0]) > 200
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_model_that_does_not_learn_fails_the_check(monkeypatch, tmp_path):
+    monkeypatch.setattr(llama, "train_llama", lambda model, *_: [5.5])
+    with pytest.raises(lesson.CheckFailed, match="validation loss"):
+        llama.main(["--device", "cpu", "--output", str(tmp_path), "--max-new-tokens", "1"])
+
+
+def test_costs_are_those_of_real_models():
+    published = [8_030_261_248, 70_553_706_496, 405_853_388_800]
+    assert [costs.num_parameters(config) for config in LLAMA_CONFIGS.values()] == published
+    for tied in (True, False):
+        model = build(replace(CONFIG, tie_word_embeddings=tied))
+        assert costs.num_parameters(model.config) == sum(p.numel() for p in model.parameters())
+        assert costs.count_flops(model, 30) == 30 * costs.flops_per_token(model.config, 30)
+    cache = KVCache(CONFIG, 1, 1, like=torch.empty(0, dtype=torch.bfloat16))
+    size = CONFIG.num_hidden_layers * (cache.k_cache.nbytes + cache.v_cache.nbytes)
+    assert costs.kv_cache_bytes_per_token(CONFIG) == size
+
+
+@pytest.mark.parametrize(
+    "argument", ["--prompt=", "--weights=x", "--steps=19", "--top-p=1.5", "--temperature=nan"]
+)
+def test_wrong_option(argument, capsys):
+    with pytest.raises(SystemExit) as error:
+        llama.main([argument])
+    assert error.value.code == 2
+    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_prompt_before_training(tmp_path):
+    with pytest.raises(lesson.CheckpointError, match="no trained model"):
+        llama.main(["--output", str(tmp_path), "--prompt", "a"])

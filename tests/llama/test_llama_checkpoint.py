@@ -1,0 +1,135 @@
+"""The Llama example's weights: Hugging Face's format in both directions, errors, memory."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lesson_code as lesson
+from real_world.llama import parity
+from real_world.llama.checkpoint import load_pretrained, read_config, save_pretrained
+from real_world.llama.config import LLAMA_3_1_8B, LlamaConfig
+from real_world.llama.model import Llama
+
+CONFIG = parity.BASE
+
+
+def build(config: LlamaConfig = CONFIG, seed: int = 0) -> Llama:
+    torch.manual_seed(seed)
+    return Llama(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_to_transformers_and_back(tied, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = replace(CONFIG, tie_word_embeddings=tied, rope_scaling=parity.SCALING)
+    model, tokens = build(replace(config, eos_token_ids=(7, 9))), torch.randint(97, (2, 40))
+    save_pretrained(model, tmp_path / "ours")
+    reference = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(reference(tokens).logits, model(tokens), atol=1e-6, rtol=0)
+    reference.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    old["lm_head.weight"] = model.lm_head.weight.detach().clone()  # older files have both
+    save_file(load_file(path) | old, path)
+    loaded = load_pretrained(tmp_path / "theirs")
+    assert loaded.config == model.config
+    assert loaded(tokens).equal(model(tokens))
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_sharded_bfloat16_weights(tmp_path):
+    reference = parity.to_transformers(build()).bfloat16()
+    reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    state_dict = load_pretrained(tmp_path).state_dict()
+    assert all(weight.dtype == torch.bfloat16 for weight in state_dict.values())
+    assert all(state_dict[name].equal(w) for name, w in reference.state_dict().items())
+
+
+def test_config_json_as_published_and_its_defaults(tmp_path):
+    from transformers import LlamaConfig as TransformersConfig
+
+    path = tmp_path / "config.json"
+    content = asdict(LLAMA_3_1_8B) | {"model_type": "llama", "eos_token_id": 0}
+    content["rope_scaling"]["rope_type"] = "llama3"
+    path.write_text(json.dumps(content))
+    assert read_config(path) == replace(LLAMA_3_1_8B, eos_token_ids=(0,))
+    for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling"):
+        del content[name]
+    path.write_text(json.dumps(content))
+    config, expected = read_config(path), TransformersConfig.from_pretrained(tmp_path)
+    assert config.head_dim == expected.head_dim
+    assert config.num_key_value_heads == expected.num_key_value_heads
+    assert config.rms_norm_eps == expected.rms_norm_eps
+    assert config.rope_theta == expected.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"Missing key\(s\) in state_dict: .model.layers.3"),
+        ({"num_hidden_layers": 2}, r"Unexpected key\(s\)"),
+        ({"intermediate_size": 47}, "size mismatch for model.layers.0.mlp.gate_proj"),
+        ({"model_type": "mistral"}, "must have model_type 'llama'"),
+        ({"rope_scaling": {"type": "yarn"}}, "must have rope_type 'default' or 'llama3'"),
+        ({"attention_bias": True}, "must have attention_bias False"),
+        ({"quantization_config": {"bits": 4}}, "must have no quantization_config"),
+        ({}, r"model\.safetensors is damaged"),
+    ],
+)
+def test_folder_that_cannot_be_loaded(changes, message, tmp_path):
+    save_pretrained(build(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if not changes:
+        os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(lesson.CheckpointError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_failed_save_keeps_the_old_files(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    save_pretrained(build(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_pretrained(build(seed=1), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+MEASURE_MEMORY = """
+import re, sys, torch
+from real_world.llama.checkpoint import load_pretrained
+def load_and_run(folder):
+    load_pretrained(folder)(torch.arange(8).view(1, 8))
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+with torch.no_grad():
+    load_and_run(sys.argv[1])  # a small model: the libraries' code is in memory now
+    before = memory("VmRSS")
+    load_and_run(sys.argv[2])
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_the_memory_of_one_copy_of_the_weights(tmp_path):
+    save_pretrained(build().bfloat16(), tmp_path / "small")
+    large = replace(CONFIG, hidden_size=1024, intermediate_size=4096)
+    save_pretrained(build(large).bfloat16(), tmp_path / "large")
+    root = Path(lesson.__file__).parent
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", MEASURE_MEMORY, tmp_path / "small", tmp_path / "large"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    assert size > 70e6
+    assert 0.9 * size < int(result.stdout) < 1.3 * size
