@@ -1,8 +1,8 @@
 """Llama 3 in miniature: compared with transformers', and trained by the lesson's train().
 
-    python -m real_world.llama                                      the whole story; a minute
-    python -m real_world.llama --prompt "A class"                   generate with the trained model
-    python -m real_world.llama --prompt "A class" --weights DIR     with a Llama from Hugging Face
+    python -m real_world.llama                                     all of it; trains for a minute
+    python -m real_world.llama --prompt "A class"                  generate with the trained model
+    python -m real_world.llama --prompt "A class" --weights DIR    with a Llama from Hugging Face
 
 The article: "Every production PyTorch model, from a two-layer classifier to a 70-billion-parameter
 language model, follows this exact same pattern." This is that language model; only the sizes in its
@@ -35,11 +35,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", metavar="N", type=bounded_int(20), default=STEPS, help="default: 1000")
     add("--prompt", metavar="TEXT", help="only continue this text, with the trained model")
-    add("--weights", metavar="DIR", type=Path, help="with --prompt: a Llama from Hugging Face")
+    add("--weights", metavar="DIR", type=Path, help="with --prompt: a model from Hugging Face")
     add("--max-new-tokens", metavar="N", type=bounded_int(1), default=240, help="default: 240")
     add("--temperature", metavar="T", type=float, default=0.8, help="0: greedy (default: 0.8)")
     add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
-    add("--top-p", metavar="P", type=float, default=1.0, help="... from the fewest that sum to P")
+    add("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     args = parser.parse_args(argv)
     if args.weights and args.prompt is None:
         parser.error("--weights requires --prompt")
@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> None:
 
     print("\n  Data: Python's language reference, in bytes")
     train_text, validation_text = train_val_split(load_corpus())
-    entropies = byte_entropies(validation_text)
+    unigram, bigram = byte_entropies(validation_text)
     show("training + validation", f"{len(train_text):,} + {len(validation_text):,}")
-    show("validation: unigram entropy", f"{entropies[0]:.4f} nats per byte")
-    show("validation: bigram entropy", f"{entropies[1]:.4f} nats per byte")
+    show("unigram entropy of validation", f"{unigram:.4f} nats per byte")
+    show("bigram entropy of validation", f"{bigram:.4f} nats per byte")
 
     torch.manual_seed(args.seed)
     model = Llama(LLAMA_TINY).to(args.device)
@@ -111,25 +111,25 @@ def main(argv: list[str] | None = None) -> None:
     save_pretrained(model, folder)
     show("saved to", folder)
     validation_loss = evaluate(model, validation_text)
+    value = f"{validation_loss:.4f} nats per byte, bigram {bigram:.4f}"
     if args.steps >= STEPS:
-        value = f"{validation_loss:.4f} nats per byte"
-        lesson.check("validation loss", value, validation_loss < 0.75 * entropies[1])
+        lesson.check("validation loss", value, validation_loss < 0.75 * bigram)
     else:
-        show("validation loss", f"{validation_loss:.4f} nats per byte")
+        show("validation loss", value)
     print_sample("Generated after training", model, args.max_new_tokens, params)
 
     print("\n  Decoding with and without KV cache")
     prompt = torch.tensor([ByteTokenizer().encode("The ")], device=args.device)  # (1, length)
     times = compare_decoding(model, prompt)
 
-    print("\n  Costs at a context length of 8,192 (of this model: 128)")
+    print("\n  Costs at a context length of 8,192 (128 for this model)")
     print_costs(model)
 
     if not args.no_figure:
         from real_world.llama.plot import plot_llama
 
         path = args.output / "llama.png"
-        plot_llama(path, losses, validation_loss, entropies, times)
+        plot_llama(path, losses, validation_loss, unigram, bigram, times)
         print()
         show("figure saved to", path)
 

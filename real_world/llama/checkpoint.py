@@ -84,9 +84,10 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
     folder = Path(folder)
     with torch.device("meta"):  # shapes only: no memory, no random weights
         model = Llama(read_config(folder / "config.json"))
-    paths = [folder / "model.safetensors"]
-    if not paths[0].exists():
-        paths = sorted(folder.glob("model-*-of-*.safetensors")) or paths
+    paths = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
+    if not paths:
+        message = "pickled weights (.bin, .pth), which can run code, are not supported"
+        raise CheckpointError(f"{folder} has no model.safetensors; {message}")
     state_dict: dict[str, torch.Tensor] = {}
     for path in paths:
         try:

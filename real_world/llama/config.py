@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 class RopeScaling:
     """How Llama 3.1 extends its rotary embedding to longer contexts than it was trained on."""
 
-    factor: float  # low frequencies are divided by it
-    low_freq_factor: float  # a frequency is low with fewer rotations in the original context,
-    high_freq_factor: float  # and high, and not scaled, with more
-    original_max_position_embeddings: int  # the original context length
+    factor: float  # by which low frequencies are divided
+    low_freq_factor: float  # low: fewer rotations than this in the original context
+    high_freq_factor: float  # high, and not changed: more rotations than this
+    original_max_position_embeddings: int  # length of the original context
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The sizes of a Llama. Llamas of all sizes differ in nothing else."""
+    """The sizes of a Llama, in which models of the family differ."""
 
     vocab_size: int  # number of different tokens
     hidden_size: int  # width of the residual stream
@@ -26,7 +26,7 @@ class LlamaConfig:
     head_dim: int  # width of a head, usually hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5  # added to the mean square, against division by zero
     rope_theta: float = 500_000.0  # base of the rotary embedding's frequencies
-    rope_scaling: RopeScaling | None = None  # None: the context length of the training
+    rope_scaling: RopeScaling | None = None  # None: frequencies as they are
     tie_word_embeddings: bool = False  # True: lm_head shares the weights of the embedding
     eos_token_ids: tuple[int, ...] = ()  # generation stops after any of these tokens
 

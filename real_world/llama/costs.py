@@ -108,7 +108,7 @@ def compare_decoding(model: Llama, prompt: torch.Tensor) -> dict[str, list[float
     seconds_per_token(model, 64, use_cache=True)  # warm-up
     times = {
         "with KV cache": [seconds_per_token(model, n, use_cache=True) for n in LENGTHS],
-        "without": [seconds_per_token(model, n, use_cache=False) for n in LENGTHS],
+        "without KV cache": [seconds_per_token(model, n, use_cache=False) for n in LENGTHS],
     }
     print(f"  {'ms per token, after':<32}" + "".join(f"{length:>10,}" for length in LENGTHS))
     for name, seconds in times.items():
