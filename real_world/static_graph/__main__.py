@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             "error: TensorFlow is not installed. It has wheels for Python 3.10 to 3.13, and the "
             "examples need 3.11 or newer: delete .venv, then PYTHON=python3.13 ./setup.sh --all"
         )
-    # Silence what is expected here: oneDNN's rounding, retracing, an export and a trace that fail.
+    # Turn off oneDNN, which logs that it rounds differently, and warnings about what is intended
+    # here: retracing, an export that fails, random() in torch.compile.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     torch._logging.set_logs(dynamic=logging.ERROR)

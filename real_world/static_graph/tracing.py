@@ -84,7 +84,7 @@ def compare_tracing() -> None:
         lesson.check(mode, f"{calls} of {len(INPUTS)}        {graphs}", passed)
 
     print(f"  {'':<32} Python runs   graphs")
-    grad_inputs = [x.clone().requires_grad_() for x in torch_inputs]
+    grad_inputs = [torch.tensor(x, requires_grad=True) for x in INPUTS]
     results, calls = count_python_calls(data_dependent, grad_inputs)
     graphs = sum(result.grad_fn is not None for result in results)
     values = [result.detach() for result in results]
