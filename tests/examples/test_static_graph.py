@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from readmes import assert_transcript
 
 import lesson_code as lesson
 from real_world.static_graph import __main__ as static_graph
@@ -20,7 +21,7 @@ from real_world.static_graph.plot import autograd_nodes
 from real_world.static_graph.tf_setup import keras, tf
 from real_world.static_graph.tracing import OperatorControlFlow, data_dependent, traced_operations
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,10 @@ def tables(folder) -> dict[str, dict[str, str]]:
     row = re.compile(r"^ {2,4}(\S.{,30}?) {2,}(.+?)(?: +ok)?$", re.MULTILINE)
     sections = (folder / "output.txt").read_text().split("\n\n")
     return {section.partition(":")[0]: dict(row.findall(section)) for section in sections}
+
+
+def test_readme(folder):
+    assert_transcript("static_graph", (folder / "output.txt").read_text())
 
 
 def test_keras_copy_computes_the_same_logits():

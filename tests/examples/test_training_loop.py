@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from readmes import assert_transcript
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import parameters_to_vector
 
@@ -167,6 +168,8 @@ def test_early_stopping_restores_the_best_epoch():
 
 def test_example(tmp_path, capsys):
     training_loop.main(["--device", "cpu", "--output", str(tmp_path / "new")])
-    assert capsys.readouterr().out.count(" ok\n") == 15
+    printed = capsys.readouterr().out
+    assert printed.count(" ok\n") == 15
+    assert_transcript("training_loop", printed)
     figure = matplotlib.image.imread(tmp_path / "new" / "training_loop.png")
     assert figure.shape == (840, 1440, 4)

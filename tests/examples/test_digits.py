@@ -5,6 +5,7 @@ import re
 import matplotlib.image
 import pytest
 import torch
+from readmes import assert_transcript
 
 from real_world.digits import __main__ as digits
 from real_world.digits.data import load_digits
@@ -40,6 +41,7 @@ def test_confusion_matrix_has_a_row_per_label():
 def test_example_reaches_96_percent_and_overfits(tmp_path, capsys):
     digits.main(["--device", "cpu", "--output", str(tmp_path / "new")])
     output = capsys.readouterr().out
+    assert_transcript("digits", output)
     assert float(re.search(r"test accuracy +([\d.]+)%", output)[1]) >= 96
     rows = [line.split() for line in output.splitlines() if re.match(r" +\d+ +\d", line)]
     train_loss, validation_loss = float(rows[-1][1]), float(rows[-1][2])
