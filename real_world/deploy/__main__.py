@@ -1,0 +1,66 @@
+"""The lesson's checkpoint in four formats that run without eager PyTorch, or without Python.
+
+    python -m real_world.deploy          export, verify and time four formats
+    python -m real_world.deploy --cpp    then build and check a C++ program that uses one of them
+
+The article's "Component Architecture" names TorchScript and torch.compile. TorchScript is now
+deprecated; its successors are AOTInductor, for C++ services, and ExecuTorch, for phones.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import lesson_code as lesson
+from real_world.common import load_lesson_model, print_heading, run_cli, show
+from real_world.deploy.cpp import build_cpp, check_cpp, measure_cpp
+from real_world.deploy.formats import FORMATS, MAX_BATCH, Forward, export_and_verify
+from real_world.deploy.latency import measure_latency, print_latency
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m real_world.deploy", description="The lesson's checkpoint in four formats."
+    )
+    add = parser.add_argument
+    add("--output", metavar="DIR", type=Path, default=lesson.OUTPUT, help="default: checkpoints/")
+    add("--cpp", action="store_true", help="also build and check the C++ program")
+    args = parser.parse_args(argv)
+    print_heading(
+        "Deploy: one checkpoint, four formats",
+        "TorchScript mode compiles models into a portable intermediate representation",
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # a batch is too small for more threads
+    torch._inductor.config.compile_threads = 1  # do not start a pool of compiler processes
+    logging.disable(logging.WARNING)  # of the libraries that ExecuTorch imports
+
+    model = load_lesson_model(args.output / "lesson.pt").float().requires_grad_(False).eval()
+    X = torch.randn(MAX_BATCH, model.fc1.in_features, generator=torch.Generator().manual_seed(1))
+    models: dict[str, Forward] = {"eager": model}
+    with torch.inference_mode():
+        with tqdm(FORMATS, leave=False, disable=None) as progress:
+            for fmt in progress:
+                progress.set_description(f"exporting {fmt.name}")
+                with progress.external_write_mode():
+                    forward = export_and_verify(fmt, model, X, args.output)
+                if forward is not None:
+                    models[fmt.name] = forward
+        print_latency(measure_latency(models, X))
+
+    if args.cpp:
+        print()
+        package = args.output / "lesson.pt2"
+        if not package.exists():
+            raise lesson.CheckFailed("the C++ program needs AOTInductor, see above")
+        program = build_cpp(args.output)
+        show("C++ program", program)
+        check_cpp(program, package, model)
+        measure_cpp(program, package, model)
+
+
+if __name__ == "__main__":
+    run_cli(main)
