@@ -1,66 +1,75 @@
-"""Answering: the network as it is, and every form in which it leaves PyTorch's eager mode."""
-
-from __future__ import annotations
+"""The latency of a model in eager mode, and in each format that it can be deployed in."""
 
 import contextlib
 import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import lesson_code as lesson
 from real_world import deploy
-from real_world.benchmark import BLUE, Entry, alternate, drawing, markdown, scaled, worker
+from real_world.benchmark.harness import (
+    Stats,
+    format_ratio,
+    format_time,
+    interleave_times,
+    markdown_table,
+    worker,
+)
 
-SIZES = {"the lesson's": (4, 16, 3), "wide": (512, 1024, 100)}  # features, hidden, classes
-BATCHES = (1, 64, 1024)
+QUOTE = "a PyTorch model loaded via torch.jit.script or torch.compile"
+
+LAYER_SIZES = {"lesson": (4, 16, 3), "wide": (512, 1024, 100)}
+BATCH_SIZES = (1, 64, 1024)
+FROM_CPP = "AOTInductor, called from C++"
 
 
-def build_onnx(model: nn.Module, path: Path) -> None:
-    """Export the graph to ONNX."""
+# %% ONNX Runtime, which is here only to be compared with
+def export_onnx(model: lesson.SimpleClassifier, path: Path) -> None:
+    """Export a graph for any batch size."""
     batch = torch.export.Dim("batch", min=1)
-    example = (torch.zeros(2, model.fc1.in_features),)
-    how = {"dynamic_shapes": ({0: batch},), "external_data": False, "verbose": False}
-    torch.onnx.export(model, example, path, **how)
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, model.fc1.in_features),),
+        path,
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )
 
 
-def load_onnx(path: Path, model: nn.Module) -> deploy.Network:
-    """Load the file into ONNX Runtime, with one thread as PyTorch has."""
+def load_onnx(path: Path, model: lesson.SimpleClassifier) -> deploy.Network:
+    """Load the graph, to run with one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (name,) = (given.name for given in session.get_inputs())
-    return lambda X: torch.from_numpy(session.run(None, {name: X.numpy()})[0])
+    name = session.get_inputs()[0].name
+
+    def run(X: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {name: X.numpy()})[0])
+
+    return run
 
 
-ONNX = deploy.Form("ONNX Runtime", "everything", "lesson.onnx", build_onnx, load_onnx)
-IN_CPP = "AOTInductor, from C++"
+ONNX = deploy.Form("ONNX Runtime", "everything", "lesson.onnx", export_onnx, load_onnx)
+FORMATS = (*deploy.FORMS, ONNX)
 
 
-def seconds_a_call(network: deploy.Network, batch: torch.Tensor, calls: int) -> float:
-    """Return how long a call takes, over so many of them."""
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(calls):
-            network(batch)
-    return (time.perf_counter() - start) / calls
-
-
+# %% Measure
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Keep this process, and those that it starts, to one core and one thread of PyTorch's.
-
-    ExecuTorch would take a thread a core. Where the system cannot hold it to one, it has them.
-    """
-    threads, pinned = torch.get_num_threads(), hasattr(os, "sched_setaffinity")
+    """Use one core and one thread: ExecuTorch would use one thread per core, PyTorch as many."""
+    pinned = hasattr(os, "sched_setaffinity")  # on Linux
+    threads = torch.get_num_threads()
     cores = os.sched_getaffinity(0) if pinned else set()
     torch.set_num_threads(1)
     if pinned:
@@ -73,103 +82,106 @@ def one_core() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
+def time_forward(model: deploy.Network, batch: torch.Tensor, calls: int) -> float:
+    """Return the seconds per call."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(calls):
+            model(batch)
+    return (time.perf_counter() - start) / calls
+
+
+def load_formats(
+    eager: lesson.SimpleClassifier, rows: torch.Tensor, folder: Path
+) -> dict[str, deploy.Network]:
+    """Export a model to every format, compare the logits with eager mode, and load it."""
+    models: dict[str, deploy.Network] = {"eager": eager}
+    with torch.inference_mode():
+        for export_format in FORMATS:
+            model = deploy.make(export_format, eager, rows, folder)
+            if model is None:
+                raise lesson.CheckFailed(f"{export_format.name} cannot be built here")
+            models[export_format.name] = model
+    return models
+
+
+def time_formats(
+    models: dict[str, deploy.Network], rows: torch.Tensor, cpp: Sequence[str | Path], quick: bool
+) -> dict[str, Stats]:
+    """Return the seconds per call by format, for one batch size."""
+    for model in models.values():
+        time_forward(model, rows, 10)  # warm up: torch.compile may compile for this batch size
+    seconds_per_round = 0.01 if quick else 0.05
+    calls = max(1, round(seconds_per_round / time_forward(models["eager"], rows, 10)))
+    candidates: dict[str, Callable[[], float]] = {
+        name: functools.partial(time_forward, model, rows, calls) for name, model in models.items()
+    }
+    with worker([*cpp, str(len(rows)), str(calls)]) as time_cpp:
+        candidates[FROM_CPP] = time_cpp
+        return interleave_times(candidates, 1 if quick else 20, f"inference, {len(rows)} rows")
+
+
 @one_core()
 def measure(quick: bool) -> dict[str, Any]:
-    """Time a call of every form, by network and batch, after holding it against the network."""
-    rounds, long = (1, 0.01) if quick else (20, 0.05)
-    torch._inductor.config.compile_threads = 1  # to start its processes would take longer
+    """Measure every format; if quick, of the lesson's model only."""
+    torch._inductor.config.compile_threads = 1  # starting a process pool would take longer
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as built:
+    with tempfile.TemporaryDirectory() as temporary:
         program = deploy.build_cpp(lesson.OUTPUT, "latency")
-        for size, sizes in SIZES.items():
-            torch.manual_seed(0)
-            model = lesson.SimpleClassifier(*sizes).requires_grad_(False).eval()
-            rows = torch.randn(deploy.LARGEST_BATCH, sizes[0])
-            networks: dict[str, deploy.Network] = {"eager": model}
-            folder = Path(built, size)
+        for name, sizes in LAYER_SIZES.items():
+            if quick and name != "lesson":
+                continue
+            folder = Path(temporary, name)
             folder.mkdir()
-            with torch.inference_mode():
-                for form in (*deploy.FORMS, ONNX):
-                    network = deploy.make(form, model, rows, folder)
-                    if network is None:
-                        raise OSError(f"{form.name} is part of this entry, and cannot be built")
-                    networks[form.name] = network
-            results[size] = {}
-            for many in BATCHES:
-                for network in networks.values():  # one may have to compile again
-                    seconds_a_call(network, rows[:many], 10)
-                calls = max(1, round(long / seconds_a_call(model, rows[:many], 10)))
-                ways = {
-                    name: functools.partial(seconds_a_call, network, rows[:many], calls)
-                    for name, network in networks.items()
-                }
-                with contextlib.ExitStack() as stack:
-                    command = (program, folder / "lesson.pt2", str(many), str(calls))
-                    ways[IN_CPP] = stack.enter_context(worker(IN_CPP, command))
-                    for name, times in alternate(ways, rounds, f"inference, {size}").items():
-                        results[size].setdefault(name, {})[str(many)] = times
+            torch.manual_seed(0)
+            eager = lesson.SimpleClassifier(*sizes).requires_grad_(False).eval()
+            rows = torch.randn(max(BATCH_SIZES), sizes[0])
+            models = load_formats(eager, rows, folder)
+            cpp = [program, folder / "lesson.pt2"]
+            results[name] = {
+                str(size): time_formats(models, rows[:size], cpp, quick) for size in BATCH_SIZES
+            }
     return results
 
 
-def headline(results: dict[str, Any]) -> str:
-    """Return what the README's table of claims says."""
-    small = {name: by["1"]["median"] for name, by in results["the lesson's"].items()}
-    large = {name: by["1024"]["median"] for name, by in results["wide"].items()}
-    times = {name: f"{small[name] / small['eager']:.2g}" for name in small}
-    script, compiled, edge = (
-        times[name] for name in ("TorchScript", "torch.compile", "ExecuTorch")
-    )
-    one = (
-        f"one row takes {script} times eager's time in TorchScript, {compiled} in `torch.compile`,"
-        f" {edge} in ExecuTorch, {times[IN_CPP]} in AOTInductor called from C++"
-    )
-    apart = {name: seconds / large["eager"] for name, seconds in large.items() if name != "eager"}
-    best, worst = min(apart, key=apart.get), max(apart, key=apart.get)
-    most = f"{apart[best]:.2f} ({best}) to {apart[worst]:.2f} times ({worst})"
-    return f"{one}; with much to multiply they come to {most}"
+# %% Show
+RATIO_AT = {"lesson": "1", "wide": "1024"}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the README's table: by form, what a call takes and its ratio to eager's."""
-    rows = []
-    for size, forms in results.items():
-        eager = forms["eager"]
-        for name, by in forms.items():
-            cells = (
-                f"{scaled(measured, eager[many]['median'])}, "
-                f"{measured['median'] / eager[many]['median']:.2f} x"
-                for many, measured in by.items()
-            )
-            rows.append((f"{size}: {name}", *cells))
-    header = ("a call", *(f"{many:,} row{'s' * (many > 1)}" for many in BATCHES))
-    return markdown(header, rows)
+    """Return a table per model: the time of a call by format and batch size."""
+    tables = []
+    for name, by_size in results.items():
+        layers = "-".join(str(size) for size in LAYER_SIZES[name])
+        columns = [f"{int(size):,} row{'s' * (size != '1')} (µs)" for size in by_size]
+        at = RATIO_AT[name]
+        ratio_of = columns[list(by_size).index(at)].removesuffix(" (µs)")
+        header = [f"{name} model, {layers}", *columns, f"{ratio_of}, relative to eager"]
+        rows = []
+        for export_format, measured in by_size[at].items():
+            cells = [format_time(by_size[size][export_format]["median"], "µs") for size in by_size]
+            ratio = format_ratio(measured["median"], by_size[at]["eager"]["median"])
+            rows.append([export_format, *cells, ratio])
+        tables.append(markdown_table(header, rows))
+    return "\n\n".join(tables)
 
 
-def chart(results: dict[str, Any], path: Path) -> None:
-    """Draw the time of a call by the rows in it, for both networks, as a PNG."""
-    from matplotlib.ticker import LogLocator
-
-    with drawing(path, 12, 4.5, columns=2) as panels:
-        for axes, (size, forms) in zip(panels, results.items(), strict=True):
-            for name, by in forms.items():
-                look = {"lw": 2.5, "color": BLUE, "zorder": 3} if name == "eager" else {"lw": 1}
-                micro = [measured["median"] * 1e6 for measured in by.values()]
-                axes.plot(BATCHES, micro, "o-", label=name, **look)
-            features, hidden, classes = SIZES[size]
-            title = f"{size[0].upper()}{size[1:]} network: {features}, {hidden:,}, {classes}"
-            axes.set(title=title, xlabel="rows in a call", xscale="log", yscale="log")
-            axes.set_xticks(BATCHES, [f"{many:,}" for many in BATCHES])
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.minorticks_off()
-        panels[0].set_ylabel("microseconds a call")
-        panels[1].legend(frameon=False)
-
-
-ENTRY = Entry(
-    "a PyTorch model loaded via torch.jit.script or torch.compile",
-    measure,
-    headline,
-    table,
-    chart,
-)
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Save a figure: the time of a call by batch size, for each model."""
+    figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False).flat
+    for axes, (name, by_size) in zip(panels, results.items(), strict=True):
+        sizes = [int(size) for size in by_size]
+        for export_format in by_size["1"]:
+            medians = [1e6 * by_size[size][export_format]["median"] for size in by_size]
+            width = 3 if export_format == "eager" else 1
+            axes.plot(sizes, medians, "o-", label=export_format, lw=width)
+        layers = "-".join(str(size) for size in LAYER_SIZES[name])
+        axes.set(title=f"Latency of the {name} model, {layers}", xscale="log", yscale="log")
+        axes.set(xlabel="rows per call", ylabel="µs")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(path)

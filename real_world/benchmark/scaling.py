@@ -1,127 +1,155 @@
-"""What a second process gains: the scaling of `distributed`."""
+"""What a second process gains: a training step with DistributedDataParallel.
 
-from __future__ import annotations
+    torchrun --standalone --nproc-per-node 2 -m real_world.benchmark.scaling wide 4096 1
+
+trains the wide model on 4,096 samples, with one thread per process; rank 0 prints the seconds per
+step.
+"""
 
 import functools
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
-from real_world import distributed
-from real_world.benchmark import BLUE, GREY, RED, ROOT, Entry, alternate, drawing, markdown
+from real_world.benchmark.harness import (
+    ROOT,
+    format_time,
+    interleave_times,
+    markdown_table,
+    time_call,
+)
+
+QUOTE = "thousands of A100 GPUs coordinated via torch.distributed"
+
+STEPS = {"wide": 2, "lesson": 200}  # per measurement
 
 
-def process(network: str, samples: int, steps: int, threads: int) -> None:
-    """Train on this process's share of `samples`; print the seconds of a step.
+class Run(NamedTuple):
+    """A model, the samples of a step, and how many processes and threads share them."""
 
-    Only rank 0 is heard: distributed.join() closes the others' standard output.
-    """
-    torch.set_num_threads(threads)
-    group = distributed.join({}, "gloo", torch.device("cpu"), seconds=60)
-    model = distributed.wide_network(0) if network == "wide" else lesson.SimpleClassifier()
-    width = next(model.parameters()).shape[1]
-    X, y = lesson.make_synthetic_data(samples, width, 3)
-    own = distributed.share(samples, group.rank, group.world)
-    copy = DistributedDataParallel(model) if group.world > 1 else model
-    optimizer = torch.optim.Adam(copy.parameters(), lr=0.001)
-    times = []
-    for _ in range(5):
-        dist.barrier()
-        start = time.perf_counter()
-        lesson.train(copy, [(X[own], y[own])], nn.CrossEntropyLoss(), optimizer, steps)
-        times.append((time.perf_counter() - start) / steps)
-    print(json.dumps(statistics.median(times[1:])), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    distributed.leave(0)
+    model: str
+    samples: int
+    processes: int
+    threads: int  # per process
 
 
-SCALES = {  # network, samples, steps, processes, threads of each
-    "wide network, 4,096 samples": ("wide", 4096, 2, 1, 1),
-    "  the same, with a thread a core": ("wide", 4096, 2, 1, 2),
-    "the same work on 2 processes": ("wide", 4096, 2, 2, 1),
-    "twice the work on 2 processes": ("wide", 8192, 2, 2, 1),
-    "the lesson's, 100 samples": ("lesson", 100, 200, 1, 1),
-    "the lesson's on 2 processes": ("lesson", 100, 200, 2, 1),
+RUNS = {
+    "wide, 1 process": Run("wide", 4096, 1, 1),
+    "wide, 1 process with 2 threads": Run("wide", 4096, 1, 2),
+    "wide, 2 processes": Run("wide", 4096, 2, 1),
+    "wide, 2 processes, twice the samples": Run("wide", 8192, 2, 1),
+    "lesson, 1 process": Run("lesson", 100, 1, 1),
+    "lesson, 2 processes": Run("lesson", 100, 2, 1),
 }
 
 
-def seconds_of_a_step(
-    network: str, samples: int, steps: int, processes: int, threads: int = 1
-) -> float:
-    """Return how long a training step takes on so many processes, of so many threads."""
-    call = f"from {__name__} import process; process({network!r}, {samples}, {steps}, {threads})"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *torchrun, "--no-python", sys.executable, "-c", call]
-    limited = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, cwd=ROOT, env=limited, capture_output=True, check=True)
-    return json.loads(done.stdout)
+# %% In each process
+def train_shard(model_name: str, samples: int, threads: int) -> None:
+    """Train on this rank's shard of the samples; rank 0 prints the median seconds per step."""
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model: nn.Module = lesson.SimpleClassifier()
+    in_features, num_classes = 4, 3
+    if model_name == "wide":
+        in_features, num_classes = 64, 10
+        model = nn.Sequential(
+            nn.Linear(in_features, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, num_classes),
+        )
+    X, y = lesson.make_synthetic_data(samples, in_features, num_classes)
+    batch = (X.chunk(world_size)[rank], y.chunk(world_size)[rank])
+    if world_size > 1:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    steps = STEPS[model_name]
+
+    def train() -> None:
+        lesson.train(model, [batch], nn.CrossEntropyLoss(), optimizer, steps)
+
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        times.append(time_call(train) / steps)
+    if rank == 0:
+        print(statistics.median(times[1:]), flush=True)  # the first one is slower
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # threads of gloo can abort a Python that is finalizing
+
+
+# %% Measure
+def time_step(run: Run) -> float:
+    """Return the seconds per step."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.processes}"]
+    module = ["-m", "real_world.benchmark.scaling", run.model, str(run.samples), str(run.threads)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *module],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(run.threads)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return float(done.stdout)
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Time a training step on one process and on two, in turn."""
-    ways = {name: functools.partial(seconds_of_a_step, *work) for name, work in SCALES.items()}
-    return alternate(ways, 1 if quick else 3, "scaling")
+    """Measure all runs."""
+    candidates = {name: functools.partial(time_step, run) for name, run in RUNS.items()}
+    return interleave_times(candidates, 1 if quick else 3, "scaling")
 
 
-def gains(results: dict[str, Any]) -> tuple[float, float, float]:
-    """Return what two processes gain on the same work, on twice the work, and on the lesson's."""
-    one, _, strong, weak, small, small_two = (measured["median"] for measured in results.values())
-    return one / strong, 2 * one / weak, small / small_two
-
-
-def headline(results: dict[str, Any]) -> str:
-    """Return what the README's table of claims says."""
-    strong, weak, small = gains(results)
-    grown = f"{strong:.2f} times the speed on the same work, {weak:.2f} times on twice the work"
-    return f"{grown}; at the lesson's own size {small:.2f} times: there it loses"
+# %% Show
+def speedups(results: dict[str, Any]) -> dict[str, float]:
+    """Return the samples per second, relative to one process with one thread."""
+    speeds = {name: RUNS[name].samples / stats["median"] for name, stats in results.items()}
+    baselines = {name: speeds[f"{RUNS[name].model}, 1 process"] for name in speeds}
+    return {name: speeds[name] / baselines[name] for name in speeds}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the README's table."""
-    strong, weak, small = gains(results)
-    one, threads, *_ = (measured["median"] for measured in results.values())
-    gained = ("", *(f"{gain:.2f} x" for gain in (one / threads, strong, weak)), "")
-    gained += (f"{small:.2f} x",)
-    rows = []
-    for (name, measured), gain in zip(results.items(), gained, strict=True):
-        low, middle, high = (
-            f"{measured[key] * 1000:,.2f}" for key in ("lowest", "median", "highest")
-        )
-        rows.append((name, f"{middle} ms ({low} to {high})", gain))
-    header = ("a training step of", "takes", "work done in the time, against one process")
-    return markdown(header, rows)
+    """Return the time of a step by run, and its speedup."""
+    speedup = speedups(results)
+    rows = [
+        [
+            name,
+            f"{RUNS[name].samples:,}",
+            format_time(stats["median"], "ms"),
+            f"{speedup[name]:.2f} x",
+        ]
+        for name, stats in results.items()
+    ]
+    return markdown_table(
+        ["model", "samples per step", "step (ms)", "speedup, in samples per second"], rows
+    )
 
 
-def chart(results: dict[str, Any], path: Path) -> None:
-    """Draw what two processes gain, beside what two cores could give, as a PNG."""
-    names = ("wide, the same work", "wide, twice the work", "the lesson's size")
-    gained = gains(results)
-    with drawing(path, 8, 2.6) as (axes,):
-        bars = axes.barh(names, gained, color=[BLUE if gain > 1 else RED for gain in gained])
-        for bar, gain in zip(bars, gained, strict=True):
-            inside = {"x": gain / 2, "ha": "center", "color": "white"}
-            beside = {"x": gain + 0.03, "ha": "left"}
-            middle = bar.get_y() + bar.get_height() / 2
-            axes.text(y=middle, s=f"{gain:.2f} x", va="center", **(inside if gain > 1 else beside))
-        for speed, name in ((1, "one process"), (2, "two cores could")):
-            axes.axvline(speed, color=GREY, lw=1, ls=":", zorder=0)
-            axes.text(speed + 0.02, -0.45, name, color=GREY, size=8, va="bottom")
-        axes.set(title="Two processes against one", xlabel="times the speed", xlim=(0, 2.4))
-        axes.invert_yaxis()
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Save a figure: the speedups as bars."""
+    bars = {name: x for name, x in speedups(results).items() if not name.endswith(" 1 process")}
+    figure = Figure(figsize=(8, 2.8), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh(list(bars), list(bars.values()))
+    axes.bar_label(drawn, [f"{speedup:.2f} x" for speedup in bars.values()], padding=4)
+    axes.set(title="Speedup on two cores", xlim=(0, 2.2), xticks=(0, 0.5, 1, 1.5, 2))
+    axes.set_xlabel("samples per second, relative to 1 process with 1 thread")
+    axes.invert_yaxis()
+    figure.savefig(path)
 
 
-ENTRY = Entry(
-    "thousands of A100 GPUs coordinated via torch.distributed", measure, headline, table, chart
-)
+if __name__ == "__main__":
+    train_shard(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

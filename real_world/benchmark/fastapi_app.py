@@ -1,0 +1,19 @@
+"""The endpoint of a typical tutorial, to compare serve with: it calls the model in each request."""
+
+import torch
+from fastapi import Body, FastAPI
+
+import lesson_code as lesson
+
+
+def create_app() -> FastAPI:
+    """Return the app; uvicorn calls this in every worker."""
+    model, _, _ = lesson.load_checkpoint(lesson.OUTPUT / "lesson.pt")
+    app = FastAPI()
+
+    @app.post("/predict")
+    async def predict(features: list[list[float]] = Body(embed=True)) -> dict:  # noqa: B008
+        classes, probabilities = lesson.predict(model, torch.tensor(features))
+        return {"classes": classes.tolist(), "probabilities": probabilities.tolist()}
+
+    return app

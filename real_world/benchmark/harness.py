@@ -1,0 +1,175 @@
+"""How the benchmarks measure, how they format numbers, and where they write results."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "real_world"
+
+README_OF = {  # entry: the example whose README shows its table
+    "step": "benchmark",
+    "inference": "deploy",
+    "serve": "serve",
+    "scaling": "distributed",
+    "llama": "llama",
+    "cuda": "benchmark",
+}
+PACKAGES = ["torch", "tensorflow-cpu", "tensorflow", "keras", "jax", "scikit-learn", "numpy"]
+PACKAGES += ["executorch", "onnxruntime", "uvicorn", "fastapi", "transformers"]
+
+T = TypeVar("T")
+Stats = dict[str, float]  # median, min and max
+
+
+# %% Measure
+def interleave(
+    candidates: Mapping[str, Callable[[], T]], rounds: int, title: str
+) -> dict[str, list[T]]:
+    """Call every candidate once per round; return what each returned.
+
+    In this order, another process that runs for a while slows down all candidates, not just one.
+    """
+    values: dict[str, list[T]] = {name: [] for name in candidates}
+    for _ in tqdm(range(rounds), title, leave=False, disable=None):
+        for name, measure in candidates.items():
+            values[name].append(measure())
+    return values
+
+
+def summarize(values: Sequence[float]) -> Stats:
+    """Return the median, the minimum and the maximum, with four significant digits."""
+    stats = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in stats.items()}
+
+
+def interleave_times(
+    candidates: Mapping[str, Callable[[], float]], rounds: int, title: str
+) -> dict[str, Stats]:
+    """Call every candidate once per round; return the summary of the seconds that each returned."""
+    times = interleave(candidates, rounds, title)
+    return {name: summarize(seconds) for name, seconds in times.items()}
+
+
+def time_call(function: Callable[[], object]) -> float:
+    """Return how many seconds a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def worker(command: Sequence[str | Path]) -> Iterator[Callable[[], float]]:
+    """Start a process that measures on request; yield the function that requests a measurement.
+
+    The process prints a line when it has warmed up. Then, for every line on its standard input, it
+    prints a number. The frameworks run in processes of their own, because in one process their
+    thread pools would compete for the cores.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, bufsize=0) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def read_line() -> bytes:
+            line = stdout.readline()
+            if not line:
+                raise RuntimeError(f"{command} ended with status {process.wait()}")
+            return line
+
+        def measure() -> float:
+            with contextlib.suppress(BrokenPipeError):  # read_line() reports the status
+                stdin.write(b"\n")
+            return float(read_line())
+
+        try:
+            read_line()
+            yield measure
+        finally:
+            process.kill()
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what results depend on: the processor, the system and the versions."""
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux
+    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "processor": found[1] if found else platform.processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+# %% Format
+def format_number(value: float) -> str:
+    """Format a positive number with three significant digits, or all digits before the point."""
+    decimals = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{decimals}f}"
+
+
+def format_time(seconds: float, unit: str) -> str:
+    """Format a time in s, ms or µs, without the unit, which belongs into the column's header."""
+    return format_number(seconds * {"s": 1, "ms": 1e3, "µs": 1e6}[unit])
+
+
+def format_ratio(value: float, baseline: float) -> str:
+    """Format for example `1.77 x`."""
+    return f"{value / baseline:.2f} x"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table whose first `left` columns are aligned left, and the others right."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+# %% Write
+def load_results() -> dict[str, Any]:
+    """Return what docs/benchmark.json contains, by entry: the machine and the results."""
+    return json.loads((DOCS / "benchmark.json").read_text())
+
+
+def save_results(entry: str, machine: dict[str, Any], quick: bool, results: dict[str, Any]) -> None:
+    """Replace an entry of docs/benchmark.json."""
+    content = load_results()
+    content[entry] = {"machine": machine, "quick": quick, "results": results}
+    (DOCS / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def readme_path(entry: str) -> Path:
+    """Return the README that shows an entry's table."""
+    return EXAMPLES / README_OF[entry] / "README.md"
+
+
+def replace_table(text: str, entry: str, table: str) -> str:
+    """Return a README's text with a table between the entry's two marks.
+
+    Raises ValueError if `<!-- table ENTRY -->` ... `<!-- end -->` are not there exactly once.
+    """
+    pattern = rf"(<!-- table {entry} -->\n).*?(<!-- end -->)"
+    text, count = re.subn(
+        pattern, lambda found: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(f"expected one <!-- table {entry} --> ... <!-- end -->, found {count}")
+    return text

@@ -1,0 +1,147 @@
+"""The throughput and latency of serve and of a FastAPI endpoint, under load by wrk."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import lesson_code as lesson
+from real_world.benchmark.harness import (
+    ROOT,
+    format_number,
+    format_ratio,
+    interleave,
+    markdown_table,
+    summarize,
+)
+from real_world.common import load_lesson_model
+
+QUOTE = "Requests arrive via an API gateway ... and are batched"
+
+CORES = str(os.cpu_count())
+FASTAPI = ("uvicorn", "--factory", "real_world.benchmark.fastapi_app:create_app")
+SERVERS = {
+    f"serve, {CORES} workers": ("real_world.serve", "--workers", CORES),
+    "serve, 1 worker": ("real_world.serve", "--workers", "1"),
+    f"FastAPI, {CORES} workers": (*FASTAPI, "--no-access-log", "--workers", CORES),
+    "FastAPI, 1 worker": (*FASTAPI, "--no-access-log"),
+}
+BASELINE = "FastAPI, 1 worker"
+CONNECTIONS = (1, 32, 128)
+BODY = b'{"features": [[0.5, -1.2, 0.3, 0.8]]}'
+
+
+# %% Measure
+@contextlib.contextmanager
+def run_server(module: str, *options: str) -> Iterator[str]:
+    """Run `python -m module` on a free port until the block ends; yield its URL."""
+    command = [sys.executable, "-m", module, "--port", "0", *options]
+    pipe, stdout = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=stdout, text=True) as server:
+        assert server.stdout is not None
+        output = ""
+        try:
+            while not (found := re.search(r"http://[\d.]+:\d+", output)):
+                line = server.stdout.readline()
+                if not line:
+                    raise RuntimeError(f"{module} ended with status {server.wait()}:\n{output}")
+                output += line
+            yield found[0]
+        finally:
+            server.terminate()
+
+
+def wait_until_ready(url: str) -> None:
+    """Wait until the server answers: its workers first import torch."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/predict", BODY, headers)
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=60).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def generate_load(url: str, connections: int, seconds: int) -> dict[str, float]:
+    """Return the requests per second, and the p50 and p99 latencies in ms."""
+    script = str(Path(__file__).with_name("predict.lua"))
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", script, f"{url}/predict"]
+    output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    measured = json.loads(output[output.rindex("{") :])
+    if errors := measured.pop("errors"):
+        raise lesson.CheckFailed(f"check failed: {errors} of wrk's requests to {url} failed")
+    return measured
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Load all servers, by number of connections, in five rounds of three seconds each."""
+    if shutil.which("wrk") is None:
+        sys.exit("error: the entry serve needs wrk (apt install wrk, or brew install wrk)")
+    rounds, seconds = (1, 1) if quick else (5, 3)
+    load_lesson_model(lesson.OUTPUT / "lesson.pt")  # trains and saves one if there is none
+    results: dict[str, Any] = {name: {} for name in SERVERS}
+    with contextlib.ExitStack() as stack:
+        urls = {name: stack.enter_context(run_server(*args)) for name, args in SERVERS.items()}
+        for url in urls.values():
+            wait_until_ready(url)
+        for connections in CONNECTIONS:
+            candidates = {
+                name: functools.partial(generate_load, url, connections, seconds)
+                for name, url in urls.items()
+            }
+            runs = interleave(candidates, rounds, f"serve, {connections} connections")
+            for name, measured in runs.items():
+                results[name][str(connections)] = {
+                    key: summarize([run[key] for run in measured]) for key in measured[0]
+                }
+    return results
+
+
+# %% Show
+def table(results: dict[str, Any]) -> str:
+    """Return requests per second by server and connections; the rest at most connections."""
+    most = str(CONNECTIONS[-1])
+    header = ["requests per second at", *(f"{n:,} connection{'s' * (n > 1)}" for n in CONNECTIONS)]
+    header += [f"{most}, relative to FastAPI", f"{most}, p99 latency (ms)"]
+    baseline = results[BASELINE][most]["rate"]["median"]
+    rows = []
+    for server, by_connections in results.items():
+        rates = [f"{load['rate']['median']:,.0f}" for load in by_connections.values()]
+        load = by_connections[most]
+        ratio = format_ratio(load["rate"]["median"], baseline)
+        rows.append([server, *rates, ratio, format_number(load["p99"]["median"])])
+    return markdown_table(header, rows)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Save a figure: throughput and p99 latency by the number of connections."""
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = ("C0o-", "C0o--", "C1s-", "C1s--")
+    for (server, by_connections), style in zip(results.items(), styles, strict=True):
+        loads = by_connections.values()
+        left.plot(
+            list(by_connections), [load["rate"]["median"] for load in loads], style, label=server
+        )
+        right.plot(list(by_connections), [load["p99"]["median"] for load in loads], style)
+    left.set(title="Throughput", xlabel="connections", ylabel="requests per second", ylim=0)
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    left.legend(frameon=False)
+    right.set(title="p99 latency", xlabel="connections", ylabel="ms", yscale="log")
+    right.yaxis.set_major_formatter("{x:g}")
+    figure.savefig(path)

@@ -1,0 +1,192 @@
+"""The benchmark example: how it measures, that it compares equal work, and the READMEs' tables."""
+
+import json
+import shutil
+import sys
+from functools import partial
+
+import matplotlib.image
+import pytest
+import torch
+from starlette.testclient import TestClient
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lesson_code as lesson
+from real_world.benchmark import cuda, fastapi_app, harness, inference, scaling, serve, step
+from real_world.benchmark.__main__ import load_entry, main
+from real_world.benchmark.frameworks import FRAMEWORKS, Size, build_training
+
+TINY = Size(samples=60, in_features=7, hidden_size=12, num_classes=4)
+
+# READMEs that do not show their tables yet.
+MISSING = {"inference", "serve", "scaling", "llama"}
+
+
+# Measuring
+
+
+def test_interleave_alternates():
+    calls = []
+
+    def measure(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    measured = harness.interleave({"a": partial(measure, "a"), "b": partial(measure, "b")}, 3, "")
+    assert calls == ["a", "b"] * 3
+    assert measured == {"a": [1, 3, 5], "b": [2, 4, 6]}
+
+
+def test_summary_is_the_median_and_the_range():
+    assert harness.summarize([3, 1, 2.00004]) == {"median": 2.0, "min": 1, "max": 3}
+
+
+def test_worker_measures_on_request():
+    script = "import sys; print('ready', flush=True); [print(0.5, flush=True) for _ in sys.stdin]"
+    with harness.worker([sys.executable, "-c", script]) as measure:
+        assert [measure(), measure()] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("script", ["exit(3)", "print('ready', flush=True); input(); exit(3)"])
+def test_worker_that_ends_raises(script):
+    with (
+        pytest.raises(RuntimeError, match="ended with status 3"),
+        harness.worker([sys.executable, "-c", script]) as measure,
+    ):
+        measure()
+
+
+# Equal work
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_frameworks_have_equal_losses(framework):
+    losses = [float(loss) for loss in build_training(framework, TINY)(6)]
+    expected = build_training("PyTorch, train()", TINY)(6)
+    if framework.startswith("scikit-learn"):  # draws its own initial weights
+        assert losses[-1] < losses[0]
+    elif framework.endswith("1 epoch"):  # returns the mean loss of the epoch
+        assert losses == [pytest.approx(sum(expected) / 6, abs=1e-5)]
+    else:
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", cuda.VARIANTS if DEVICE.type == "cuda" else cuda.CPU_VARIANTS)
+def test_cuda_variants_have_equal_losses(name):
+    variant = cuda.VARIANTS[name]
+    losses = cuda.build_training(variant, TINY, DEVICE)(6)
+    expected = build_training("PyTorch, train()", TINY)(6)
+    is_float32 = variant.dtype == torch.float32
+    assert losses == pytest.approx(expected, abs=1e-5 if is_float32 else 0.01)
+    assert (losses == pytest.approx(expected, abs=1e-5)) == is_float32
+
+
+def test_flops_are_those_that_pytorch_counts():
+    X, y = lesson.make_synthetic_data(TINY.samples, TINY.in_features, TINY.num_classes)
+    model = lesson.SimpleClassifier(*TINY[1:])
+    optimizer = torch.optim.Adam(model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, epochs=1)
+    assert counter.get_total_flops() == TINY.flops
+
+
+def test_fastapi_endpoint_answers_like_predict(tmp_path, monkeypatch):
+    model, optimizer = lesson.build_model(0, "cpu")
+    lesson.save_checkpoint(tmp_path / "lesson.pt", model, optimizer, [])
+    monkeypatch.setattr(lesson, "OUTPUT", tmp_path)
+    client = TestClient(fastapi_app.create_app())
+    answer = client.post("/predict", content=serve.BODY).json()
+    classes, probabilities = lesson.predict(model, torch.tensor([[0.5, -1.2, 0.3, 0.8]]))
+    assert answer["classes"] == classes.tolist()
+    torch.testing.assert_close(torch.tensor(answer["probabilities"]), probabilities)
+
+
+# Entries, with fewer candidates
+
+
+def test_step(monkeypatch, tmp_path):
+    few = ["PyTorch, train()", "NumPy, by hand"]
+    monkeypatch.setattr(step, "FRAMEWORKS", few)
+    monkeypatch.setattr(step, "SIZES", {"lesson": step.SIZES["lesson"]})
+    results = step.measure(quick=True)
+    assert list(results["steps"]["lesson"]) == few
+    assert "| layer sizes | 4-16-3 |  |" in step.table(results)
+    step.plot(results, tmp_path / "step.png")
+
+
+def test_inference(monkeypatch, tmp_path):
+    """With a stand-in for the C++ program, which takes a minute to build."""
+    monkeypatch.setattr(inference, "FORMATS", (inference.FORMATS[0], inference.ONNX))
+    eager = lesson.SimpleClassifier().requires_grad_(False).eval()
+    rows = torch.randn(1024, 4)
+    models = inference.load_formats(eager, rows, tmp_path)  # checks the logits
+    script = "import sys; print('ready', flush=True); [print(3e-6, flush=True) for _ in sys.stdin]"
+    cpp = [sys.executable, "-c", script]
+    with inference.one_core():
+        assert torch.get_num_threads() == 1
+        times = inference.time_formats(models, rows[:64], cpp, quick=True)
+    assert list(times) == ["eager", "TorchScript", "ONNX Runtime", inference.FROM_CPP]
+    assert times[inference.FROM_CPP]["median"] == 3e-6
+    assert 0 < times["ONNX Runtime"]["median"] < 1
+
+
+def test_scaling_on_two_processes():
+    assert 0 < scaling.time_step(scaling.Run("lesson", 100, processes=2, threads=1)) < 10
+
+
+def test_llama(capsys):
+    main(["llama", "--quick"])
+    assert "| training | " in capsys.readouterr().out
+
+
+# Tables
+
+
+def test_numbers_have_three_digits():
+    formatted = [harness.format_number(value) for value in (0.04821, 1.0, 9.996, 55.82, 184, 17580.6)]
+    assert formatted == ["0.0482", "1.00", "10.00", "55.8", "184", "17,581"]
+    assert harness.format_time(0.00123, "ms") == "1.23"
+    assert harness.format_time(0.00123, "µs") == "1,230"
+
+
+def test_ratios():
+    def stats(value: float) -> dict[str, float]:
+        return {"median": value}
+
+    times = zip(scaling.RUNS, (0.4, 0.25, 0.2, 0.5, 0.01, 0.02), strict=True)
+    speedups = scaling.speedups({name: stats(seconds) for name, seconds in times})
+    assert list(speedups.values()) == pytest.approx([1, 1.6, 2, 1.6, 1, 0.5])
+
+    by_size = {size: {"eager": stats(2e-6), "ExecuTorch": stats(5e-6)} for size in ("1", "64", "1024")}
+    table = inference.table({"lesson": by_size})
+    assert "| ExecuTorch | 5.00 | 5.00 | 5.00 | 2.50 x |" in table
+
+    loads = {"1": {}, "32": {}, "128": {}}
+    results = {
+        server: {c: {"rate": stats(rate), "p99": stats(157.4)} for c in loads}
+        for server, rate in (("serve, 2 workers", 6000), (serve.BASELINE, 1000))
+    }
+    assert "| serve, 2 workers | 6,000 | 6,000 | 6,000 | 6.00 x | 157 |" in serve.table(results)
+
+
+def test_replace_table_changes_only_its_own():
+    text = "a\n<!-- table x -->\nold\n<!-- end -->\nb\n<!-- table y -->\n<!-- end -->\n"
+    text = harness.replace_table(text, "x", "new")
+    assert text == "a\n<!-- table x -->\nnew\n<!-- end -->\nb\n<!-- table y -->\n<!-- end -->\n"
+    assert "<!-- table y -->\n| 1 |\n<!-- end -->" in harness.replace_table(text, "y", "| 1 |")
+    with pytest.raises(ValueError, match="found 0"):
+        harness.replace_table(text, "z", "new")
+
+
+@pytest.mark.parametrize("entry", sorted(harness.load_results().keys() - MISSING))
+def test_readme_shows_the_results(entry):
+    stored = harness.load_results()[entry]
+    readme = harness.readme_path(entry).read_text()
+    assert not stored["quick"]
+    assert readme == harness.replace_table(readme, entry, load_entry(entry).table(stored["results"]))
+
+
