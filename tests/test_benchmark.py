@@ -72,13 +72,14 @@ def test_frameworks_have_equal_losses(framework):
         assert losses == pytest.approx(expected, abs=1e-5)
 
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("name", cuda.VARIANTS if DEVICE.type == "cuda" else cuda.CPU_VARIANTS)
+@pytest.mark.parametrize("name", cuda.VARIANTS if GPU else ["PyTorch, train()", "bfloat16"])
 def test_cuda_variants_have_equal_losses(name):
     variant = cuda.VARIANTS[name]
-    losses = cuda.build_training(variant, TINY, DEVICE)(6)
+    device = torch.device("cuda" if GPU else "cpu")
+    losses = cuda.build_training(variant, TINY, device)(6)
     expected = build_training("PyTorch, train()", TINY)(6)
     is_float32 = variant.dtype == torch.float32
     assert losses == pytest.approx(expected, abs=1e-5 if is_float32 else 0.01)
@@ -99,7 +100,7 @@ def test_fastapi_endpoint_answers_like_predict(tmp_path, monkeypatch):
     lesson.save_checkpoint(tmp_path / "lesson.pt", model, optimizer, [])
     monkeypatch.setattr(lesson, "OUTPUT", tmp_path)
     client = TestClient(fastapi_app.create_app())
-    answer = client.post("/predict", content=serve.BODY).json()
+    answer = client.post("/predict", json=json.loads(serve.BODY)).json()
     classes, probabilities = lesson.predict(model, torch.tensor([[0.5, -1.2, 0.3, 0.8]]))
     assert answer["classes"] == classes.tolist()
     torch.testing.assert_close(torch.tensor(answer["probabilities"]), probabilities)
@@ -120,7 +121,7 @@ def test_step(monkeypatch, tmp_path):
 
 def test_inference(monkeypatch, tmp_path):
     """With a stand-in for the C++ program, which takes a minute to build."""
-    monkeypatch.setattr(inference, "FORMATS", (inference.FORMATS[0], inference.ONNX))
+    monkeypatch.setattr(inference, "ALL_FORMATS", (inference.FORMATS[0], inference.ONNX))
     eager = lesson.SimpleClassifier().requires_grad_(False).eval()
     rows = torch.randn(1024, 4)
     models = inference.load_formats(eager, rows, tmp_path)  # checks the logits
@@ -138,16 +139,43 @@ def test_scaling_on_two_processes():
     assert 0 < scaling.time_step(scaling.Run("lesson", 100, processes=2, threads=1)) < 10
 
 
-def test_llama(capsys):
-    main(["llama", "--quick"])
-    assert "| training | " in capsys.readouterr().out
+def test_llama_writes_results_and_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "DOCS", tmp_path)
+    monkeypatch.setattr(harness, "EXAMPLES", tmp_path)
+    (tmp_path / "benchmark.json").write_text('{"serve": {}}')
+    readme = tmp_path / "llama" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text("<!-- table llama -->\n<!-- end -->\n")
+    main(["llama", "--quick", "--write"])
+    stored = json.loads((tmp_path / "benchmark.json").read_text())
+    assert list(stored) == ["serve", "llama"]
+    assert stored["llama"]["quick"]
+    table = load_entry("llama").table(stored["llama"]["results"])
+    assert readme.read_text() == f"<!-- table llama -->\n{table}\n<!-- end -->\n"
+    assert table in capsys.readouterr().out
+
+
+def test_render(tmp_path, monkeypatch):
+    shutil.copy(harness.DOCS / "benchmark.json", tmp_path)
+    monkeypatch.setattr(harness, "DOCS", tmp_path)
+    monkeypatch.setattr(harness, "EXAMPLES", tmp_path)
+    entries = ["inference", "scaling", "serve"]
+    for entry in entries:
+        harness.readme_path(entry).parent.mkdir()
+        harness.readme_path(entry).write_text(f"<!-- table {entry} -->\n<!-- end -->\n")
+    main([*entries, "--render"])
+    for entry in entries:
+        assert harness.readme_path(entry).read_text().count("\n|") > 5
+        assert matplotlib.image.imread(tmp_path / f"{entry}.png").shape[1] > 900
 
 
 # Tables
 
 
 def test_numbers_have_three_digits():
-    formatted = [harness.format_number(value) for value in (0.04821, 1.0, 9.996, 55.82, 184, 17580.6)]
+    formatted = [
+        harness.format_number(value) for value in (0.04821, 1.0, 9.996, 55.82, 184, 17580.6)
+    ]
     assert formatted == ["0.0482", "1.00", "10.00", "55.8", "184", "17,581"]
     assert harness.format_time(0.00123, "ms") == "1.23"
     assert harness.format_time(0.00123, "µs") == "1,230"
@@ -161,7 +189,9 @@ def test_ratios():
     speedups = scaling.speedups({name: stats(seconds) for name, seconds in times})
     assert list(speedups.values()) == pytest.approx([1, 1.6, 2, 1.6, 1, 0.5])
 
-    by_size = {size: {"eager": stats(2e-6), "ExecuTorch": stats(5e-6)} for size in ("1", "64", "1024")}
+    by_size = {
+        size: {"eager": stats(2e-6), "ExecuTorch": stats(5e-6)} for size in ("1", "64", "1024")
+    }
     table = inference.table({"lesson": by_size})
     assert "| ExecuTorch | 5.00 | 5.00 | 5.00 | 2.50 x |" in table
 
@@ -187,6 +217,6 @@ def test_readme_shows_the_results(entry):
     stored = harness.load_results()[entry]
     readme = harness.readme_path(entry).read_text()
     assert not stored["quick"]
-    assert readme == harness.replace_table(readme, entry, load_entry(entry).table(stored["results"]))
-
-
+    assert readme == harness.replace_table(
+        readme, entry, load_entry(entry).table(stored["results"])
+    )

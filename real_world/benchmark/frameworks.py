@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
-from real_world import static_graph
 from real_world.benchmark.harness import time_call
 
 if TYPE_CHECKING:
@@ -67,13 +66,12 @@ def pytorch_compiled(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.T
 # %% TensorFlow
 def compiled_keras_model(model: lesson.SimpleClassifier) -> "keras.Sequential":
     """Return the same model in Keras, with Adam and its criterion."""
-    static_graph.tensorflow()
-    from keras import losses, optimizers
+    from real_world.static_graph.keras_copy import EPSILON, keras, keras_copy
 
-    keras_model = static_graph.keras_twin(model)
+    keras_model = keras_copy(model)
     keras_model.compile(
-        optimizers.Adam(LR, epsilon=static_graph.EPSILON),
-        losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer=keras.optimizers.Adam(LR, epsilon=EPSILON),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     return keras_model
 
@@ -93,7 +91,8 @@ def keras_fit(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) 
 
 def keras_fit_one_epoch(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Train:
     """Call fit() for one epoch of all steps; it returns only their mean loss."""
-    tf = static_graph.tensorflow()
+    from real_world.static_graph.tf_setup import tf
+
     keras_model = compiled_keras_model(model)
     dataset = tf.data.Dataset.from_tensors((X.numpy(), y.numpy())).repeat()
 
@@ -106,8 +105,9 @@ def keras_fit_one_epoch(model: lesson.SimpleClassifier, X: torch.Tensor, y: torc
 
 def tf_function(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Train:
     """Trace the five lines, with a GradientTape, to a graph."""
-    tf = static_graph.tensorflow()
-    step = tf.function(static_graph.keras_step(static_graph.keras_twin(model)))
+    from real_world.static_graph.keras_copy import keras_copy, make_train_step, tf
+
+    step = tf.function(make_train_step(keras_copy(model)))
     inputs, labels = tf.constant(X.numpy()), tf.constant(y.numpy())
 
     def train(steps: int) -> list[float]:

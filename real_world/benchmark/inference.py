@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 import lesson_code as lesson
-from real_world import deploy
 from real_world.benchmark.harness import (
     Stats,
     format_ratio,
@@ -23,6 +22,8 @@ from real_world.benchmark.harness import (
     markdown_table,
     worker,
 )
+from real_world.deploy.cpp import build_cpp
+from real_world.deploy.formats import FORMATS, ExportFormat, Forward, export_and_verify
 
 QUOTE = "a PyTorch model loaded via torch.jit.script or torch.compile"
 
@@ -45,7 +46,7 @@ def export_onnx(model: lesson.SimpleClassifier, path: Path) -> None:
     )
 
 
-def load_onnx(path: Path, model: lesson.SimpleClassifier) -> deploy.Network:
+def load_onnx(path: Path, model: lesson.SimpleClassifier) -> Forward:
     """Load the graph, to run with one thread."""
     import onnxruntime
 
@@ -60,8 +61,8 @@ def load_onnx(path: Path, model: lesson.SimpleClassifier) -> deploy.Network:
     return run
 
 
-ONNX = deploy.Form("ONNX Runtime", "everything", "lesson.onnx", export_onnx, load_onnx)
-FORMATS = (*deploy.FORMS, ONNX)
+ONNX = ExportFormat("ONNX Runtime", "everything", "lesson.onnx", export_onnx, load_onnx)
+ALL_FORMATS = (*FORMATS, ONNX)
 
 
 # %% Measure
@@ -82,7 +83,7 @@ def one_core() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def time_forward(model: deploy.Network, batch: torch.Tensor, calls: int) -> float:
+def time_forward(model: Forward, batch: torch.Tensor, calls: int) -> float:
     """Return the seconds per call."""
     start = time.perf_counter()
     with torch.inference_mode():
@@ -93,12 +94,12 @@ def time_forward(model: deploy.Network, batch: torch.Tensor, calls: int) -> floa
 
 def load_formats(
     eager: lesson.SimpleClassifier, rows: torch.Tensor, folder: Path
-) -> dict[str, deploy.Network]:
+) -> dict[str, Forward]:
     """Export a model to every format, compare the logits with eager mode, and load it."""
-    models: dict[str, deploy.Network] = {"eager": eager}
+    models: dict[str, Forward] = {"eager": eager}
     with torch.inference_mode():
-        for export_format in FORMATS:
-            model = deploy.make(export_format, eager, rows, folder)
+        for export_format in ALL_FORMATS:
+            model = export_and_verify(export_format, eager, rows, folder)
             if model is None:
                 raise lesson.CheckFailed(f"{export_format.name} cannot be built here")
             models[export_format.name] = model
@@ -106,7 +107,7 @@ def load_formats(
 
 
 def time_formats(
-    models: dict[str, deploy.Network], rows: torch.Tensor, cpp: Sequence[str | Path], quick: bool
+    models: dict[str, Forward], rows: torch.Tensor, cpp: Sequence[str | Path], quick: bool
 ) -> dict[str, Stats]:
     """Return the seconds per call by format, for one batch size."""
     for model in models.values():
@@ -127,7 +128,7 @@ def measure(quick: bool) -> dict[str, Any]:
     torch._inductor.config.compile_threads = 1  # starting a process pool would take longer
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        program = deploy.build_cpp(lesson.OUTPUT, "latency")
+        program = build_cpp(lesson.OUTPUT, "latency")
         for name, sizes in LAYER_SIZES.items():
             if quick and name != "lesson":
                 continue

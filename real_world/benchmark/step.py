@@ -12,7 +12,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from real_world import static_graph
 from real_world.benchmark import frameworks
 from real_world.benchmark.frameworks import FRAMEWORKS, Size
 from real_world.benchmark.harness import (
@@ -61,7 +60,8 @@ def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
     """Return the FLOP/s of an (n, n) matrix product by framework: the most that it can reach."""
     from jax import numpy as jnp
 
-    tf = static_graph.tensorflow()
+    from real_world.static_graph.tf_setup import tf
+
     a, b = torch.randn(2, n, n)
     a_np, b_np = a.numpy(), b.numpy()
     a_tf, b_tf = tf.constant(a_np), tf.constant(b_np)
