@@ -15,7 +15,7 @@ from real_world.benchmark.frameworks import LR, Size, Train
 from real_world.benchmark.harness import (
     format_ratio,
     format_time,
-    interleave_times,
+    interleave_stats,
     markdown_table,
     time_call,
 )
@@ -103,13 +103,13 @@ def measure(quick: bool) -> dict[str, Any]:
             train(5)  # compile
             count = max(5, round(0.2 / time_step(train, 5)))
             candidates[variant_name] = functools.partial(time_step, train, count)
-        steps[name] = interleave_times(candidates, rounds, f"cuda, {name}")
+        steps[name] = interleave_stats(candidates, rounds, f"cuda, {name}")
     speeds = {}
     for dtype in ("float32", "bfloat16"):
         matrix = torch.randn(8192, 8192, device=device, dtype=getattr(torch, dtype))
         matmul_speed(matrix)  # warm up
         speeds[dtype] = functools.partial(matmul_speed, matrix)
-    matmul = interleave_times(speeds, rounds, "cuda, matmul")
+    matmul = interleave_stats(speeds, rounds, "cuda, matmul")
     return {"gpu": torch.cuda.get_device_name(), "steps": steps, "matmul": matmul}
 
 

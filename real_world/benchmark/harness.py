@@ -56,12 +56,12 @@ def summarize(values: Sequence[float]) -> Stats:
     return {name: float(f"{value:.4g}") for name, value in stats.items()}
 
 
-def interleave_times(
+def interleave_stats(
     candidates: Mapping[str, Callable[[], float]], rounds: int, title: str
 ) -> dict[str, Stats]:
-    """Call every candidate once per round; return the summary of the seconds that each returned."""
-    times = interleave(candidates, rounds, title)
-    return {name: summarize(seconds) for name, seconds in times.items()}
+    """Call every candidate once per round; return the summary of what each returned."""
+    values = interleave(candidates, rounds, title)
+    return {name: summarize(returned) for name, returned in values.items()}
 
 
 def time_call(function: Callable[[], object]) -> float:

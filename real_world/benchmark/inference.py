@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
 import time
@@ -18,7 +19,7 @@ from real_world.benchmark.harness import (
     Stats,
     format_ratio,
     format_time,
-    interleave_times,
+    interleave_stats,
     markdown_table,
     worker,
 )
@@ -119,16 +120,17 @@ def time_formats(
     }
     with worker([*cpp, str(len(rows)), str(calls)]) as time_cpp:
         candidates[FROM_CPP] = time_cpp
-        return interleave_times(candidates, 1 if quick else 20, f"inference, {len(rows)} rows")
+        return interleave_stats(candidates, 1 if quick else 20, f"inference, {len(rows)} rows")
 
 
 @one_core()
 def measure(quick: bool) -> dict[str, Any]:
     """Measure every format; if quick, of the lesson's model only."""
     torch._inductor.config.compile_threads = 1  # starting a process pool would take longer
+    logging.disable(logging.WARNING)  # of the libraries that ExecuTorch imports
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        program = build_cpp(lesson.OUTPUT, "latency")
+        program = build_cpp(Path(temporary), "latency")
         for name, sizes in LAYER_SIZES.items():
             if quick and name != "lesson":
                 continue

@@ -13,7 +13,7 @@ from real_world.benchmark.harness import (
     Stats,
     format_ratio,
     format_time,
-    interleave_times,
+    interleave_stats,
     markdown_table,
     time_call,
 )
@@ -84,8 +84,8 @@ def measure(quick: bool) -> dict[str, dict[str, Stats]]:
         "transformers": functools.partial(time_generation, generate_transformers),
     }
     return {
-        "training": interleave_times(training, rounds, "llama, training"),
-        "generation": interleave_times(generation, rounds, "llama, generation"),
+        "training": interleave_stats(training, rounds, "llama, training"),
+        "generation": interleave_stats(generation, rounds, "llama, generation"),
     }
 
 

@@ -24,7 +24,7 @@ import lesson_code as lesson
 from real_world.benchmark.harness import (
     ROOT,
     format_time,
-    interleave_times,
+    interleave_stats,
     markdown_table,
     time_call,
 )
@@ -110,7 +110,7 @@ def time_step(run: Run) -> float:
 def measure(quick: bool) -> dict[str, Any]:
     """Measure all runs."""
     candidates = {name: functools.partial(time_step, run) for name, run in RUNS.items()}
-    return interleave_times(candidates, 1 if quick else 3, "scaling")
+    return interleave_stats(candidates, 1 if quick else 3, "scaling")
 
 
 # %% Show

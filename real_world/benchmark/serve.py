@@ -80,7 +80,8 @@ def wait_until_ready(url: str) -> None:
 def generate_load(url: str, connections: int, seconds: int) -> dict[str, float]:
     """Return the requests per second, and the p50 and p99 latencies in ms."""
     script = str(Path(__file__).with_name("predict.lua"))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", script, f"{url}/predict"]
+    options = ["-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "10s", "-s", script]
+    command = ["wrk", *options, f"{url}/predict"]
     output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     measured = json.loads(output[output.rindex("{") :])
     if errors := measured.pop("errors"):

@@ -19,7 +19,7 @@ from real_world.benchmark.harness import (
     format_number,
     format_ratio,
     format_time,
-    interleave_times,
+    interleave_stats,
     markdown_table,
     time_call,
     worker,
@@ -53,7 +53,7 @@ def time_steps(size: Size, rounds: int, title: str) -> dict[str, Stats]:
             command = [sys.executable, "-m", frameworks.__name__, framework, *numbers]
             measure = stack.enter_context(worker(command))
             candidates[framework] = functools.partial(pause_and_measure, measure)
-        return interleave_times(candidates, rounds, title)
+        return interleave_stats(candidates, rounds, title)
 
 
 def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
@@ -82,7 +82,7 @@ def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
     candidates = {
         name: functools.partial(flops_per_second, product) for name, product in products.items()
     }
-    return interleave_times(candidates, rounds, "matmul")
+    return interleave_stats(candidates, rounds, "matmul")
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def plot_steps(
     flops = [sizes[name].flops for name in steps]
     for candidate, peak in peaks.items():
         medians = [steps[name][candidate]["median"] for name in steps]
-        percentages = [100 * n / t / peak for n, t in zip(flops, medians, strict=True)]
+        speeds = [flop / seconds for flop, seconds in zip(flops, medians, strict=True)]
+        percentages = [100 * speed / peak for speed in speeds]
         width, zorder = (3, 3) if candidate == BASELINE else (1, 2)
         milliseconds = [1000 * median for median in medians]
         left.plot(flops, milliseconds, "o-", label=candidate, lw=width, zorder=zorder)
