@@ -1,9 +1,9 @@
 """Measure the speeds that the READMEs of the examples show.
 
     python -m real_world.benchmark step                   measure one entry, print its table
-    python -m real_world.benchmark step --quick           in one round: to see that it works
-    python -m real_world.benchmark step --write           measure, and write the results
-    python -m real_world.benchmark step --render          write the last results once more
+    python -m real_world.benchmark step --quick           in one round, to see that it works
+    python -m real_world.benchmark step --write           and write the results
+    python -m real_world.benchmark --render               write all figures and tables again
 
 An entry is a module of this folder. The results go to docs/benchmark.json, the figure to docs/, and
 the table into a README, between two marks.
@@ -37,20 +37,22 @@ def render(name: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m real_world.benchmark", description=__doc__)
+    description = "Measure the speeds that the READMEs of the examples show."
+    parser = argparse.ArgumentParser("python -m real_world.benchmark", description=description)
     add = parser.add_argument
     names = list(harness.README_OF)
-    add("entries", metavar="ENTRY", nargs="*", choices=names, help=f"{', '.join(names)} (all)")
-    add("--quick", action="store_true", help="measure in one round: to see that it works")
+    add("entries", metavar="ENTRY", nargs="*", choices=names, help=f"default: {' '.join(names)}")
+    add("--quick", action="store_true", help="measure in one round, to see that it works")
     add("--write", action="store_true", help="write the results, the figure and the table")
-    add("--render", action="store_true", help="write the figure and the table, do not measure")
+    add("--render", action="store_true", help="only write the last results' figures and tables")
     args = parser.parse_args(argv)
 
+    if args.render:
+        for name in args.entries or harness.load_results():
+            render(name)
+        return
     measurable = [name for name in names if name != "cuda" or torch.cuda.is_available()]
     for name in args.entries or measurable:
-        if args.render:
-            render(name)
-            continue
         entry = load_entry(name)
         print_heading(f"Benchmark: {name}", entry.QUOTE)
         machine = harness.describe_machine()

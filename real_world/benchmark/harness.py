@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,12 @@ def worker(command: Sequence[str | Path]) -> Iterator[Callable[[], float]]:
     thread pools would compete for the cores.
     """
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, bufsize=0) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # TensorFlow logs while it starts
+        subprocess.Popen(
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=errors, bufsize=0
+        ) as process,
+    ):
         stdin, stdout = process.stdin, process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -88,7 +94,9 @@ def worker(command: Sequence[str | Path]) -> Iterator[Callable[[], float]]:
         def read_line() -> bytes:
             line = stdout.readline()
             if not line:
-                raise RuntimeError(f"{command} ended with status {process.wait()}")
+                status = process.wait()
+                errors.seek(0)
+                raise RuntimeError(f"{command} ended with status {status}:\n{errors.read()}")
             return line
 
         def measure() -> float:
