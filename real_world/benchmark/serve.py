@@ -4,8 +4,8 @@ import contextlib
 import functools
 import json
 import os
-import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -30,12 +30,14 @@ from real_world.common import load_lesson_model
 QUOTE = "Requests arrive via an API gateway ... and are batched"
 
 CORES = str(os.cpu_count())
+SERVE = ("real_world.serve", "--metrics-port", "0")
 FASTAPI = ("uvicorn", "--factory", "real_world.benchmark.fastapi_app:create_app")
+FASTAPI += ("--log-level", "warning", "--no-access-log")
 SERVERS = {
-    f"serve, {CORES} workers": ("real_world.serve", "--workers", CORES),
-    "serve, 1 worker": ("real_world.serve", "--workers", "1"),
-    f"FastAPI, {CORES} workers": (*FASTAPI, "--no-access-log", "--workers", CORES),
-    "FastAPI, 1 worker": (*FASTAPI, "--no-access-log"),
+    f"serve, {CORES} workers": (*SERVE, "--workers", CORES),
+    "serve, 1 worker": (*SERVE, "--workers", "1"),
+    f"FastAPI, {CORES} workers": (*FASTAPI, "--workers", CORES),
+    "FastAPI, 1 worker": FASTAPI,
 }
 BASELINE = "FastAPI, 1 worker"
 CONNECTIONS = (1, 32, 128)
@@ -43,38 +45,39 @@ BODY = b'{"features": [[0.5, -1.2, 0.3, 0.8]]}'
 
 
 # %% Measure
+def free_port() -> int:
+    """Return a port that no process uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    """Return whether a server answers a request; its workers first import torch."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/predict", BODY, headers)
+    try:
+        urllib.request.urlopen(request, timeout=60).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def run_server(module: str, *options: str) -> Iterator[str]:
     """Run `python -m module` on a free port until the block ends; yield its URL."""
-    command = [sys.executable, "-m", module, "--port", "0", *options]
-    pipe, stdout = subprocess.PIPE, subprocess.STDOUT
-    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=stdout, text=True) as server:
-        assert server.stdout is not None
-        output = ""
+    port = free_port()
+    command = [sys.executable, "-m", module, "--port", str(port), *options]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as server:
         try:
-            while not (found := re.search(r"http://[\d.]+:\d+", output)):
-                line = server.stdout.readline()
-                if not line:
-                    raise RuntimeError(f"{module} ended with status {server.wait()}:\n{output}")
-                output += line
-            yield found[0]
+            while not answers(url):
+                if server.poll() is not None:
+                    raise RuntimeError(f"{module} ended with status {server.returncode}")
+                time.sleep(0.1)
+            yield url
         finally:
             server.terminate()
-
-
-def wait_until_ready(url: str) -> None:
-    """Wait until the server answers: its workers first import torch."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/predict", BODY, headers)
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(request, timeout=60).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def generate_load(url: str, connections: int, seconds: int) -> dict[str, float]:
@@ -98,8 +101,6 @@ def measure(quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {name: {} for name in SERVERS}
     with contextlib.ExitStack() as stack:
         urls = {name: stack.enter_context(run_server(*args)) for name, args in SERVERS.items()}
-        for url in urls.values():
-            wait_until_ready(url)
         for connections in CONNECTIONS:
             candidates = {
                 name: functools.partial(generate_load, url, connections, seconds)
