@@ -31,8 +31,8 @@ QUOTE = "Requests arrive via an API gateway ... and are batched"
 
 CORES = str(os.cpu_count())
 SERVE = ("real_world.serve", "--metrics-port", "0")
-FASTAPI = ("uvicorn", "--factory", "real_world.benchmark.fastapi_app:create_app")
-FASTAPI += ("--log-level", "warning", "--no-access-log")
+APP = "real_world.benchmark.fastapi_app:create_app"
+FASTAPI = ("uvicorn", "--factory", APP, "--log-level", "warning", "--no-access-log")
 SERVERS = {
     f"serve, {CORES} workers": (*SERVE, "--workers", CORES),
     "serve, 1 worker": (*SERVE, "--workers", "1"),
