@@ -110,11 +110,10 @@ def test_fastapi_endpoint_answers_like_predict(tmp_path, monkeypatch):
 
 
 def test_step(monkeypatch, tmp_path):
-    few = ["PyTorch, train()", "NumPy, by hand"]
-    monkeypatch.setattr(step, "FRAMEWORKS", few)
+    monkeypatch.setattr(step, "FRAMEWORKS", [step.BASELINE])
     monkeypatch.setattr(step, "SIZES", {"lesson": step.SIZES["lesson"]})
     results = step.measure(quick=True)
-    assert list(results["steps"]["lesson"]) == few
+    assert list(results["steps"]["lesson"]) == [step.BASELINE]
     assert "| layer sizes | 4-16-3 |  |" in step.table(results)
     step.plot(results, tmp_path / "step.png")
 

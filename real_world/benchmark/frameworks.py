@@ -18,7 +18,6 @@ import lesson_code as lesson
 from real_world.benchmark.harness import time_call
 
 if TYPE_CHECKING:
-    import jax
     import keras
 
 LR = 0.01
@@ -124,7 +123,7 @@ def jax_jit(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) ->
 
     inputs, labels = jnp.asarray(X.numpy()), jnp.asarray(y.numpy())
 
-    def loss_fn(params: list) -> "jax.Array":
+    def loss_fn(params: list) -> jax.Array:
         W1, b1, W2, b2 = params
         logits = jax.nn.relu(inputs @ W1.T + b1) @ W2.T + b2  # (samples, num_classes)
         return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
@@ -173,8 +172,7 @@ def scikit_learn(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tenso
             tol=0,
             n_iter_no_change=steps + 1,
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not converged
+        with warnings.catch_warnings(action="ignore"):  # that it has not converged
             return classifier.fit(X.numpy(), y.numpy()).loss_curve_
 
     return train
