@@ -24,7 +24,7 @@ import lesson_code as lesson
 from real_world.common import load_lesson_model
 from real_world.serve.batcher import Batcher
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROW = [0.5, -1.2, 0.3, 0.8]
 
 

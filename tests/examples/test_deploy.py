@@ -17,7 +17,7 @@ import lesson_code as lesson
 from real_world.deploy.cpp import to_csv
 from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "real_world.deploy"]
 SAMPLE = "0.5,-1.2,0.3,0.8\n"
 
