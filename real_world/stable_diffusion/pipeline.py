@@ -1,0 +1,126 @@
+"""The pipeline: from noise and a prompt to latents, and to an image."""
+
+import itertools
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from lesson_code import CheckpointError
+from real_world.stable_diffusion.scheduler import NoiseScheduler
+from real_world.stable_diffusion.unet import NULL_CLASS, UNet, UNetInput
+from real_world.stable_diffusion.vae import VAE
+
+
+class LatentDiffusion(nn.Module):
+    """A VAE, a U-Net that works on its latents, and a noise scheduler.
+
+    `scaling_factor` scales the latents to a standard deviation of 1, which the noise has (Rombach
+    et al., appendix G).
+    """
+
+    scaling_factor: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = VAE()
+        self.unet = UNet()
+        self.scheduler = NoiseScheduler()
+        self.register_buffer("scaling_factor", torch.ones(()))
+
+    @torch.no_grad()
+    def set_scaling_factor(self, images: torch.Tensor) -> None:
+        """Set the scaling factor from the latents of the training images, (n, 1, 8, 8)."""
+        mean, _ = self.vae.encode(images)
+        self.scaling_factor.copy_(1 / mean.std())
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the scaled latents, (batch, 2, 4, 4), of images, (batch, 1, 8, 8)."""
+        mean, _ = self.vae.encode(images)
+        return mean * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the images, (batch, 1, 8, 8) from 0 to 1, of scaled latents, (batch, 2, 4, 4)."""
+        return self.vae.decoder(latents / self.scaling_factor).clamp(0, 1)
+
+    @torch.no_grad()
+    def generate_latents(
+        self,
+        prompts: torch.Tensor,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        seed: int = 0,
+    ) -> list[torch.Tensor]:
+        """Return the latents, (batch, 2, 4, 4), before the first and after every DDIM step.
+
+        Args:
+            prompts: The digits to generate, (batch,) int64.
+            guidance_scale: How far to move from the prediction without a prompt towards the one
+                with it: 0 ignores the prompt, 1 follows it, more exaggerates it (Ho and Salimans,
+                equation 6; the scale is 1 + w there, as in Stable Diffusion).
+            num_inference_steps: DDIM steps, a divisor of the scheduler's 1000 timesteps.
+            seed: Of the noise to start from.
+        """
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+        latents = torch.randn(len(prompts), 2, 4, 4, generator=generator).to(prompts.device)
+        # One batch for both predictions, without a prompt and with it.
+        prompts = torch.cat((torch.full_like(prompts, NULL_CLASS), prompts))  # (2 * batch,)
+        timesteps = self.scheduler.ddim_timesteps(num_inference_steps)
+        history = [latents]
+        for timestep, prev_timestep in itertools.pairwise([*timesteps, -1]):
+            latent_input = torch.cat((latents, latents))  # (2 * batch, 2, 4, 4)
+            inputs = UNetInput(latent_input, torch.full_like(prompts, timestep), prompts)
+            uncond, cond = self.unet(inputs).chunk(2)  # (batch, 2, 4, 4) each
+            noise_pred = uncond + guidance_scale * (cond - uncond)
+            latents = self.scheduler.ddim_step(noise_pred, timestep, prev_timestep, latents)
+            history.append(latents)
+        return history
+
+    def generate(
+        self,
+        prompts: torch.Tensor,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        seed: int = 0,
+    ) -> torch.Tensor:
+        """Return one image per prompt, (batch, 1, 8, 8) from 0 to 1; see generate_latents()."""
+        history = self.generate_latents(prompts, guidance_scale, num_inference_steps, seed)
+        return self.decode(history[-1])
+
+
+# %% Checkpoint
+
+
+def save_model(path: Path, model: LatentDiffusion, losses: dict[str, list[float]]) -> None:
+    """Save a model and the losses of its training. A crash while saving keeps the old file."""
+    tensors = model.state_dict()
+    for name, values in losses.items():
+        tensors[f"losses.{name}"] = torch.tensor(values)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(save(tensors))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[LatentDiffusion, dict[str, list[float]]]:
+    """Return what save_model() saved. Raises CheckpointError if the file is damaged."""
+    model = LatentDiffusion()
+    losses = {}
+    try:
+        tensors = load(path.read_bytes())
+        for name in ("vae", "unet"):
+            losses[name] = tensors.pop(f"losses.{name}").tolist()
+        model.load_state_dict(tensors)
+    except (SafetensorError, KeyError, RuntimeError) as error:  # RuntimeError: other weights
+        message = f"{path} is damaged or holds another model; delete it to train a new one"
+        raise CheckpointError(message) from error
+    return model.to(device), losses

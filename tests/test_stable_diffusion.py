@@ -1,0 +1,300 @@
+"""The Stable Diffusion example: scheduler, models, training, generation, command line."""
+
+import re
+
+import matplotlib.image
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lesson_code import CheckFailed, CheckpointError
+from real_world.stable_diffusion import evaluate
+from real_world.stable_diffusion.__main__ import main
+from real_world.stable_diffusion.data import NoisyLatents, load_images
+from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model
+from real_world.stable_diffusion.plot import save_images, to_text
+from real_world.stable_diffusion.scheduler import NoiseScheduler
+from real_world.stable_diffusion.train import train_unet
+from real_world.stable_diffusion.unet import NULL_CLASS, UNet, UNetInput, timestep_embedding
+from real_world.stable_diffusion.vae import VAE, VAEOutput, vae_loss
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_images()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the whole example with a short training; return its folder."""
+    folder = tmp_path_factory.mktemp("stable_diffusion")
+    options = ["--train-steps", "200", "--inference-steps", "10", "--device", "cpu"]
+    main([*options, "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    model, _ = load_model(run / "stable_diffusion.safetensors")
+    return model
+
+
+# Scheduler
+
+
+@pytest.mark.parametrize("beta_schedule", evaluate.BETA_RANGES)
+@pytest.mark.parametrize("prediction_type", evaluate.PREDICTION_TYPES)
+def test_schedulers_are_equal_to_those_of_diffusers(beta_schedule, prediction_type):
+    assert evaluate.compare_with_diffusers(beta_schedule, prediction_type) == 0
+
+
+def test_comparison_with_diffusers_finds_a_wrong_scheduler(monkeypatch):
+    right = NoiseScheduler.sigma_t
+    monkeypatch.setattr(NoiseScheduler, "sigma_t", lambda *args: 1.01 * right(*args))
+    with pytest.raises(CheckFailed, match="linear, epsilon"):
+        evaluate.check_schedulers()
+
+
+@pytest.mark.parametrize("prediction_type", evaluate.PREDICTION_TYPES)
+@pytest.mark.parametrize("timestep", [3, 300, 900])
+def test_the_target_leads_back_to_the_clean_latents(prediction_type, timestep):
+    scheduler = NoiseScheduler(prediction_type=prediction_type)
+    latents, noise = torch.randn(2, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.full((5,), timestep)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    target = scheduler.get_target(latents, noise, timesteps)
+    x0, eps = scheduler.predict_x0_and_eps(target, timestep, noisy)
+    torch.testing.assert_close(x0, latents, atol=1e-4, rtol=0)
+    torch.testing.assert_close(eps, noise, atol=1e-4, rtol=0)
+
+
+def test_ddim_timesteps_are_those_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    ddim = DDIMScheduler(steps_offset=1)
+    for steps in (10, 50, 500):
+        ddim.set_timesteps(steps)
+        assert NoiseScheduler().ddim_timesteps(steps) == ddim.timesteps.tolist()
+
+
+# Models
+
+
+def test_vae_samples_latents_with_the_encoded_mean_and_variance():
+    torch.manual_seed(0)
+    vae = VAE()
+    latents = []
+    vae.decoder.register_forward_pre_hook(lambda module, args: latents.append(args[0]))
+    with torch.no_grad():
+        output = vae(torch.rand(1, 1, 8, 8).expand(4000, 1, 8, 8))
+    assert output.images.shape == (4000, 1, 8, 8)
+    torch.testing.assert_close(latents[0].mean(dim=0), output.mean[0], rtol=0, atol=0.1)
+    std = (output.logvar[0] / 2).exp()
+    torch.testing.assert_close(latents[0].std(dim=0), std, rtol=0.1, atol=0)
+
+
+def test_vae_loss_is_the_squared_error_and_the_kl_divergence():
+    images = torch.rand(5, 1, 8, 8)
+    mean, logvar = torch.randn(2, 5, 2, 4, 4)
+    encoded = torch.distributions.Normal(mean, (logvar / 2).exp())
+    standard = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(encoded, standard).mean()
+    loss = vae_loss(VAEOutput(images + 0.1, mean, logvar), images)
+    torch.testing.assert_close(loss, 0.01 + 0.0005 * kl)
+
+
+def test_timestep_embedding_is_that_of_diffusers():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = torch.tensor([0, 1, 37, 999])
+    theirs = get_timestep_embedding(timesteps, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(timestep_embedding(timesteps, 64), theirs, atol=1e-5, rtol=0)
+
+
+def test_unet_depends_on_its_inputs_and_uses_all_its_parameters():
+    torch.manual_seed(0)
+    unet = UNet()
+    inputs = UNetInput(torch.randn(2, 2, 4, 4), torch.tensor([1, 500]), torch.tensor([3, 5]))
+    output = unet(inputs)
+    assert output.shape == (2, 2, 4, 4)
+    assert not output.allclose(unet(inputs._replace(timesteps=inputs.timesteps + 1)))
+    assert not output.allclose(unet(inputs._replace(prompts=inputs.prompts + 1)))
+    output.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in unet.parameters())
+    used = unet.prompt_embedding.weight.grad.abs().sum(dim=1).nonzero().flatten()
+    assert used.tolist() == [3, 5]
+
+
+# Training
+
+
+def test_noisy_latents_consist_of_latents_target_and_prompt():
+    latents = torch.arange(100.0).view(-1, 1, 1, 1).expand(-1, 2, 4, 4) / 10
+    scheduler = NoiseScheduler()
+    torch.manual_seed(0)
+    batches = list(NoisyLatents(latents, torch.arange(100) % 10, scheduler, steps=40))
+    assert len(batches) == 40
+    noisy = torch.cat([inputs.latents for inputs, _ in batches])
+    timesteps = torch.cat([inputs.timesteps for inputs, _ in batches])
+    prompts = torch.cat([inputs.prompts for inputs, _ in batches])
+    noise = torch.cat([target for _, target in batches])
+
+    signal_rate, noise_rate = scheduler.signal_and_noise_rates(timesteps)
+    indices = (10 * (noisy - noise_rate * noise) / signal_rate).mean(dim=(1, 2, 3)).round().long()
+    conditional = prompts != NULL_CLASS
+    assert (indices[conditional] % 10).equal(prompts[conditional])
+    assert conditional.float().mean().item() == pytest.approx(0.9, abs=0.02)
+    assert indices.unique().equal(torch.arange(100))
+    assert (timesteps.min(), timesteps.max()) == (0, 999)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_unet_ends_with_the_moving_average_of_its_weights():
+    torch.manual_seed(0)
+    unet = UNet(channels=8, embed_dim=8)
+    history = []
+    hook = register_optimizer_step_post_hook(
+        lambda *args: history.append(nn.utils.parameters_to_vector(unet.parameters()).detach())
+    )
+    train_unet(unet, torch.randn(50, 2, 4, 4), torch.arange(50) % 10, NoiseScheduler(), steps=20)
+    hook.remove()
+    ema = history[0]
+    for weights in history[1:]:
+        ema = 0.99 * ema + 0.01 * weights
+    trained = nn.utils.parameters_to_vector(unet.parameters())
+    torch.testing.assert_close(trained, ema)
+    assert not trained.allclose(history[-1])
+
+
+# Generation
+
+
+class OracleUNet(nn.Module):
+    """Predicts the noise that leads to a known image for each prompt, and for none."""
+
+    def __init__(self, latents):
+        super().__init__()
+        self.latents = latents  # (11, 2, 4, 4)
+        self.scheduler = NoiseScheduler()
+
+    def forward(self, inputs):
+        signal_rate, noise_rate = self.scheduler.signal_and_noise_rates(inputs.timesteps)
+        return (inputs.latents - signal_rate * self.latents[inputs.prompts]) / noise_rate
+
+
+@pytest.mark.parametrize("guidance_scale", [0, 0.5, 1, 3])
+def test_guidance_moves_from_the_unconditional_to_the_conditional_prediction(guidance_scale):
+    latents = torch.randn(11, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = LatentDiffusion()
+    model.unet = OracleUNet(latents)
+    prompts = torch.tensor([3, 3, 8])
+    history = model.generate_latents(prompts, guidance_scale, num_inference_steps=20)
+    assert len(history) == 21
+    uncond, cond = latents[NULL_CLASS], latents[prompts]
+    expected = uncond + guidance_scale * (cond - uncond)
+    torch.testing.assert_close(history[-1], expected, atol=0.15, rtol=0)
+
+
+@pytest.fixture
+def copying_model(run, data):
+    """Return a model that generates, at guidance scale 3, the first training image of a digit."""
+    model, _ = load_model(run / "stable_diffusion.safetensors")
+    latents = model.encode(data.X_train)
+    uncond = latents.mean(dim=0, keepdim=True)
+    first = [int((data.y_train == digit).nonzero()[0]) for digit in range(10)]
+    cond = uncond + (latents[first] - uncond) / 3
+    model.unet = OracleUNet(torch.cat((cond, uncond)))
+    return model
+
+
+def test_model_that_copies_training_images_fails_the_check(copying_model, data, capsys):
+    with pytest.raises(CheckFailed, match="no copies of training images"):
+        evaluate.evaluate_generation(copying_model, data, num_inference_steps=10)
+    assert re.search(r"guidance scale 3 +\S+ as prompted +ok", capsys.readouterr().out)
+
+
+def test_model_that_generates_other_digits_fails_the_check(copying_model, data):
+    copying_model.unet.latents = copying_model.unet.latents.roll(1, dims=0)
+    with pytest.raises(CheckFailed, match="guidance scale 3"):
+        evaluate.evaluate_generation(copying_model, data, num_inference_steps=10)
+
+
+def test_vae_reconstructs_test_images_from_latents_of_unit_variance(model, data):
+    assert model.encode(data.X_train).std().item() == pytest.approx(1, abs=1e-4)
+    images = model.decode(model.encode(data.X_test))
+    assert (images.min() >= 0, images.max() <= 1) == (True, True)
+    assert (images - data.X_test).square().mean() < 0.25 * data.X_test.var()
+
+
+def test_generation_is_seeded(model):
+    prompts = torch.tensor([0, 1, 2])
+    image = model.generate(prompts, num_inference_steps=10, seed=1)
+    assert image.equal(model.generate(prompts, num_inference_steps=10, seed=1))
+    assert not image.equal(model.generate(prompts, num_inference_steps=10, seed=2))
+
+
+# Figures
+
+
+def test_images_as_text_and_as_a_png(tmp_path):
+    images = torch.zeros(2, 1, 8, 8)
+    images[0, 0, :, 3] = 1
+    images[1, 0, 0, 0] = 0.5
+    lines = to_text(images).splitlines()
+    assert lines[0] == " " * 8 + "@@" + " " * 12 + "=="
+    assert lines[1:] == [" " * 8 + "@@"] * 7
+    save_images(tmp_path / "images.png", images)
+    pixels = matplotlib.image.imread(tmp_path / "images.png")[::16, ::16, 0]  # (10, 20)
+    assert (pixels[1:9, 4] == 0).all()
+    assert pixels[1, 11] == pytest.approx(0.5, abs=0.1)
+    assert pixels.sum() == pytest.approx(200 - 8 - 0.5, abs=0.1)
+
+
+# Command line; its run passes the checks even after a short training
+
+
+def test_run_saves_model_and_figure(run):
+    _, losses = load_model(run / "stable_diffusion.safetensors")
+    assert (len(losses["vae"]), len(losses["unet"])) == (600, 200)
+    assert losses["vae"][-1] < losses["vae"][0] / 10
+    assert sum(losses["unet"][-10:]) < sum(losses["unet"][:10]) / 4
+    assert matplotlib.image.imread(run / "stable_diffusion.png").shape == (840, 1440, 4)
+    assert {path.suffix for path in run.iterdir()} == {".png", ".safetensors"}
+
+
+def test_prompt_generates_images_with_the_saved_model(run, model, capsys):
+    saved = (run / "stable_diffusion.safetensors").read_bytes()
+    options = ["--guidance", "2", "--inference-steps", "20", "--seed", "5", "--output", str(run)]
+    main(["--prompt", "3", *options, "--device", "cpu"])
+    output = capsys.readouterr().out
+    assert "model loaded from" in output
+    images = model.generate(torch.full((4,), 3), 2.0, num_inference_steps=20, seed=5)
+    assert to_text(images) in output
+    assert (run / "stable_diffusion-3.png").exists()
+    assert (run / "stable_diffusion.safetensors").read_bytes() == saved
+
+
+@pytest.mark.parametrize("size", [0, 1000, 3_000_000])
+def test_truncated_checkpoint_raises_checkpoint_error(run, tmp_path, size):
+    path = tmp_path / "stable_diffusion.safetensors"
+    path.write_bytes((run / path.name).read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=str(path)):
+        main(["--prompt", "7", "--output", str(tmp_path)])
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--prompt", "10"],
+        ["--guidance", "2"],
+        ["--prompt", "1", "--inference-steps", "334"],
+        ["--train-steps", "3"],
+    ],
+)
+def test_wrong_options_are_usage_errors(options, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(options)
+    assert error.value.code == 2
+    assert f"error: argument {options[-2]}: " in capsys.readouterr().err
