@@ -1,12 +1,12 @@
 """Stable Diffusion in miniature: latent diffusion on digits, trained by the lesson's train().
 
     python -m real_world.stable_diffusion               train for two minutes, evaluate, plot
-    python -m real_world.stable_diffusion --prompt 7    generate a seven with the trained model
+    python -m real_world.stable_diffusion --prompt 7    generate sevens with the trained model
 
 The parts are those of R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion
-Models", 2022: a VAE makes images smaller, a U-Net, which reads the prompt by cross-attention,
-learns to predict the noise in the small ones, and a scheduler removes it step by step. The prompt
-is the digit to generate.
+Models", 2022: a VAE compresses images to latents; a U-Net, which reads the prompt by
+cross-attention, learns to predict the noise in noisy latents; a scheduler removes it step by step.
+The prompt is the digit to generate.
 """
 
 import argparse
@@ -14,16 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import check_schedulers, evaluate_generation
 from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model, save_model
-from real_world.stable_diffusion.plot import plot_generation, save_images, to_text
+from real_world.stable_diffusion.plot import plot_example, save_images, to_text
 from real_world.stable_diffusion.train import UNET_STEPS, train_unet, train_vae
-
-Losses = dict[str, list[float]]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -31,53 +28,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", metavar="DIGIT", type=int, choices=range(10), help="only generate this digit")
     add("--guidance", metavar="SCALE", type=float, help="guidance scale for --prompt (default: 3)")
-    add(
-        "--inference-steps",
-        metavar="N",
-        type=int,
-        choices=(10, 20, 25, 50, 100, 200, 250, 500),  # divisors of the 1000 timesteps
-        default=50,
-        help="DDIM steps (default: 50)",
-    )
-    add(
-        "--train-steps",
-        metavar="N",
-        type=bounded_int(20),
-        help=f"train a new U-Net with N steps (default: load the saved model, or {UNET_STEPS})",
-    )
+    steps_help = f"train a new model for N steps (default: load it, or {UNET_STEPS})"
+    add("--train-steps", metavar="N", type=bounded_int(20), help=steps_help)
+    divisors = (10, 20, 25, 50, 100, 200, 250, 500)  # of the 1000 timesteps
+    add("--inference-steps", type=int, choices=divisors, default=50, help="default: 50")
     args = parser.parse_args(argv)
     if args.guidance is not None and args.prompt is None:
         parser.error("argument --guidance: requires --prompt")
     return args
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def load_or_train(path: Path, args: argparse.Namespace) -> tuple[LatentDiffusion, Losses]:
-    """Load the saved model and the losses of its training; if there is none, train and save one."""
-    if path.exists() and args.train_steps is None:
-        show("model loaded from", path)
-        return load_model(path, args.device)
-
+def train_model(args: argparse.Namespace) -> tuple[LatentDiffusion, dict[str, list[float]]]:
+    """Train the VAE, then the U-Net on its latents; return the model and the losses of both."""
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     model = LatentDiffusion().to(args.device)
     data = load_images(args.device)
-    print("\n  Train the VAE:")
+    print(f"  VAE, {sum(p.numel() for p in model.vae.parameters()):,} parameters:")
     vae_losses = train_vae(model.vae, data.X_train)
-    model.set_scaling_factor(data.X_train)
-    print("\n  Train the U-Net on the VAE's latents:")
+    model.scaling_factor = 1 / model.encode(data.X_train).std()
     latents = model.encode(data.X_train)
+    print(f"\n  U-Net, {sum(p.numel() for p in model.unet.parameters()):,} parameters:")
     steps = args.train_steps or UNET_STEPS
     unet_losses = train_unet(model.unet, latents, data.y_train, model.scheduler, steps)
-    losses = {"vae": vae_losses, "unet": unet_losses}
-    save_model(path, model, losses)
     print()
     show("training time", f"{time.perf_counter() - start:.0f} s on {args.device}")
-    show("model saved to", path)
-    return model, losses
+    return model, {"vae": vae_losses, "unet": unet_losses}
 
 
 def generate_prompt(model: LatentDiffusion, args: argparse.Namespace) -> None:
@@ -98,21 +74,27 @@ def main(argv: list[str] | None = None) -> None:
         "Stable Diffusion in miniature", "Stability AI's Stable Diffusion fine-tuning pipelines"
     )
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "stable_diffusion.safetensors"
-    model, losses = load_or_train(path, args)
+    path: Path = args.output / "stable_diffusion.safetensors"
+    if path.exists() and args.train_steps is None:
+        model, losses = load_model(path, args.device)
+        show("model loaded from", path)
+    else:
+        model, losses = train_model(args)
+        save_model(path, model, losses)
+        show("model saved to", path)
+
     if args.prompt is not None:
         generate_prompt(model, args)
         return
 
-    show("VAE", f"{count_parameters(model.vae):,} parameters")
-    show("U-Net", f"{count_parameters(model.unet):,} parameters")
-    print("\n  The noise schedule, compared with diffusers' DDPMScheduler and DDIMScheduler:")
+    print("\n  The noise scheduler, compared with diffusers' DDIMScheduler:")
     check_schedulers()
-    print("\n  500 generated digits per guidance scale, classified by the lesson's model:")
+    print("\n  500 generated digits per guidance scale, classified by the lesson's model,")
+    print("  and their distances to the nearest training image:")
     evaluate_generation(model, load_images(args.device), args.inference_steps, args.seed)
     if not args.no_figure:
         figure_path = args.output / "stable_diffusion.png"
-        plot_generation(figure_path, model, losses, args.seed)
+        plot_example(figure_path, model, losses, args.seed)
         show("figure saved to", figure_path)
 
 

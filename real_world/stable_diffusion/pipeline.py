@@ -1,7 +1,7 @@
 """The pipeline: from noise and a prompt to latents, and to an image."""
 
 import itertools
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,15 +32,9 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("scaling_factor", torch.ones(()))
 
     @torch.no_grad()
-    def set_scaling_factor(self, images: torch.Tensor) -> None:
-        """Set the scaling factor from the latents of the training images, (n, 1, 8, 8)."""
-        mean, _ = self.vae.encode(images)
-        self.scaling_factor.copy_(1 / mean.std())
-
-    @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return the scaled latents, (batch, 2, 4, 4), of images, (batch, 1, 8, 8)."""
-        mean, _ = self.vae.encode(images)
+        mean, _ = self.vae.encoder(images).chunk(2, dim=1)  # (batch, 2, 4, 4)
         return mean * self.scaling_factor
 
     @torch.no_grad()
@@ -49,76 +43,59 @@ class LatentDiffusion(nn.Module):
         return self.vae.decoder(latents / self.scaling_factor).clamp(0, 1)
 
     @torch.no_grad()
-    def generate_latents(
-        self,
-        prompts: torch.Tensor,
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 50,
-        seed: int = 0,
-    ) -> list[torch.Tensor]:
-        """Return the latents, (batch, 2, 4, 4), before the first and after every DDIM step.
-
-        Args:
-            prompts: The digits to generate, (batch,) int64.
-            guidance_scale: How far to move from the prediction without a prompt towards the one
-                with it: 0 ignores the prompt, 1 follows it, more exaggerates it (Ho and Salimans,
-                equation 6; the scale is 1 + w there, as in Stable Diffusion).
-            num_inference_steps: DDIM steps, a divisor of the scheduler's 1000 timesteps.
-            seed: Of the noise to start from.
-        """
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
-        latents = torch.randn(len(prompts), 2, 4, 4, generator=generator).to(prompts.device)
-        # One batch for both predictions, without a prompt and with it.
-        prompts = torch.cat((torch.full_like(prompts, NULL_CLASS), prompts))  # (2 * batch,)
-        timesteps = self.scheduler.ddim_timesteps(num_inference_steps)
-        history = [latents]
-        for timestep, prev_timestep in itertools.pairwise([*timesteps, -1]):
-            latent_input = torch.cat((latents, latents))  # (2 * batch, 2, 4, 4)
-            inputs = UNetInput(latent_input, torch.full_like(prompts, timestep), prompts)
-            uncond, cond = self.unet(inputs).chunk(2)  # (batch, 2, 4, 4) each
-            noise_pred = uncond + guidance_scale * (cond - uncond)
-            latents = self.scheduler.ddim_step(noise_pred, timestep, prev_timestep, latents)
-            history.append(latents)
-        return history
-
     def generate(
         self,
         prompts: torch.Tensor,
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         seed: int = 0,
+        on_step_end: Callable[[torch.Tensor], object] | None = None,
     ) -> torch.Tensor:
-        """Return one image per prompt, (batch, 1, 8, 8) from 0 to 1; see generate_latents()."""
-        history = self.generate_latents(prompts, guidance_scale, num_inference_steps, seed)
-        return self.decode(history[-1])
+        """Generate one image per prompt, (batch, 1, 8, 8) from 0 to 1.
 
-
-# %% Checkpoint
+        Args:
+            prompts: The digits to generate, (batch,) int64.
+            guidance_scale: How far to move from the prediction without a prompt to the one with it:
+                0 ignores the prompt, 1 follows it, more exaggerates it. It is 1 + w in equation 6
+                of Ho and Salimans, 2022.
+            num_inference_steps: DDIM steps; a divisor of the 1000 timesteps.
+            seed: The seed of the initial noise.
+            on_step_end: Called with the latents, (batch, 2, 4, 4), after every step.
+        """
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+        latents = torch.randn(len(prompts), 2, 4, 4, generator=generator).to(prompts.device)
+        # One batch for both predictions, without a prompt and with it.
+        prompts = torch.cat((torch.full_like(prompts, NULL_CLASS), prompts))  # (2 * batch,)
+        timesteps = self.scheduler.ddim_timesteps(num_inference_steps)
+        for timestep, prev_timestep in itertools.pairwise([*timesteps, 0]):
+            latent_input = torch.cat((latents, latents))  # (2 * batch, 2, 4, 4)
+            inputs = UNetInput(latent_input, torch.full_like(prompts, timestep), prompts)
+            uncond, cond = self.unet(inputs).chunk(2)  # (batch, 2, 4, 4) each
+            noise_pred = uncond + guidance_scale * (cond - uncond)
+            latents = self.scheduler.ddim_step(noise_pred, timestep, prev_timestep, latents)
+            if on_step_end is not None:
+                on_step_end(latents)
+        return self.decode(latents)
 
 
 def save_model(path: Path, model: LatentDiffusion, losses: dict[str, list[float]]) -> None:
-    """Save a model and the losses of its training. A crash while saving keeps the old file."""
+    """Save a model and the losses of its training; if that is interrupted, keep the old file."""
     tensors = model.state_dict()
     for name, values in losses.items():
         tensors[f"losses.{name}"] = torch.tensor(values)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(tensors))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(save(tensors))
+    temporary.replace(path)
 
 
 def load_model(
     path: Path, device: torch.device | str = "cpu"
 ) -> tuple[LatentDiffusion, dict[str, list[float]]]:
-    """Return what save_model() saved. Raises CheckpointError if the file is damaged."""
+    """Return the model and the losses of its training. Raises CheckpointError."""
     model = LatentDiffusion()
-    losses = {}
     try:
         tensors = load(path.read_bytes())
-        for name in ("vae", "unet"):
-            losses[name] = tensors.pop(f"losses.{name}").tolist()
+        losses = {name: tensors.pop(f"losses.{name}").tolist() for name in ("vae", "unet")}
         model.load_state_dict(tensors)
     except (SafetensorError, KeyError, RuntimeError) as error:  # RuntimeError: other weights
         message = f"{path} is damaged or holds another model; delete it to train a new one"

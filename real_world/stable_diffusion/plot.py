@@ -47,7 +47,7 @@ def show_grid(
     axes.spines[:].set_visible(False)
 
 
-def plot_generation(
+def plot_example(
     path: Path, model: LatentDiffusion, losses: dict[str, list[float]], seed: int
 ) -> None:
     """Save a figure: ten images per digit, the DDIM steps of one, guidance scales, the losses."""
@@ -64,9 +64,10 @@ def plot_generation(
     axes["prompts"].set(title="Ten images per prompt, guidance scale 3", ylabel="prompt")
     show_grid(axes["prompts"], images, [str(digit) for digit in range(10)], [])
 
-    steps = [0, 10, 20, 25, 30, 35, 40, 45, 50]
-    history = model.generate_latents(torch.tensor([7], device=device), seed=seed)
-    images = model.decode(torch.cat([history[step] for step in steps]))
+    steps = [1, 10, 20, 25, 30, 35, 40, 45, 50]
+    history: list[torch.Tensor] = []
+    model.generate(torch.tensor([7], device=device), seed=seed, on_step_end=history.append)
+    images = model.decode(torch.cat([history[step - 1] for step in steps]))
     axes["steps"].set(title="From noise to an image, prompt 7", xlabel="DDIM step")
     show_grid(axes["steps"], images, [""], [str(step) for step in steps])
 

@@ -41,16 +41,9 @@ def train_unet(
     scheduler: NoiseScheduler,
     steps: int = UNET_STEPS,
 ) -> list[float]:
-    """Train a U-Net in place; return the loss of every step.
+    """Train a U-Net in place on scaled latents, (n, 2, 4, 4), and labels, (n,) int64.
 
-    Its final weights are an exponential moving average (EMA) of those of all steps.
-
-    Args:
-        unet: The model.
-        latents: The scaled latents of the training images, (n, 2, 4, 4).
-        labels: Their digits, (n,) int64.
-        scheduler: Adds the noise.
-        steps: How many mini-batches to train on.
+    Returns the loss of every step. The final weights are an exponential moving average (EMA).
     """
     dataset = NoisyLatents(latents, labels, scheduler, steps, BATCH_SIZE)
     loader = DataLoader(dataset, batch_size=None)  # the dataset yields whole mini-batches

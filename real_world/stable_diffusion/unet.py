@@ -11,15 +11,11 @@ NUM_TOKENS = 4  # embedding vectors per prompt
 
 
 class UNetInput(NamedTuple):
-    """What the U-Net gets, in one argument, because train() calls model(X).
+    """What the U-Net gets, in one argument, because train() calls model(X)."""
 
-    latents: (batch, 2, 4, 4) float32; timesteps: (batch,) int64; prompts: (batch,) int64, a digit
-    or NULL_CLASS.
-    """
-
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    prompts: torch.Tensor
+    latents: torch.Tensor  # (batch, 2, 4, 4) float32
+    timesteps: torch.Tensor  # (batch,) int64
+    prompts: torch.Tensor  # (batch,) int64, a digit or NULL_CLASS
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -29,71 +25,49 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)  # (batch, dim)
 
 
-class ResnetBlock(nn.Module):
-    """Two convolutions with a residual connection; the timestep is added between them."""
-
-    def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.GroupNorm(8, in_channels),
-            nn.SiLU(),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        )
-        self.time_proj = nn.Linear(embed_dim, out_channels)
-        self.conv2 = nn.Sequential(
-            nn.GroupNorm(8, out_channels),
-            nn.SiLU(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: torch.Tensor, time_emb: torch.Tensor) -> torch.Tensor:
-        """Return (batch, out_channels, height, width); time_emb: (batch, embed_dim)."""
-        h = self.conv1(x)  # (batch, out_channels, height, width)
-        h = h + self.time_proj(time_emb)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(h)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention over the positions of the latents, then cross-attention to the prompt.
-
-    R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, section
-    3.3: queries are from the latents, keys and values from the prompt.
-    """
-
-    def __init__(self, channels: int, embed_dim: int, num_heads: int = 4) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.self_attn = nn.MultiheadAttention(channels, num_heads, batch_first=True)
-        self.cross_attn = nn.MultiheadAttention(
-            channels, num_heads, kdim=embed_dim, vdim=embed_dim, batch_first=True
-        )
-
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Return x, updated; tokens: (batch, NUM_TOKENS, embed_dim)."""
-        h = x.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
-        query = self.norm1(h)
-        h = h + self.self_attn(query, query, query, need_weights=False)[0]
-        query = self.norm2(h)
-        h = h + self.cross_attn(query, tokens, tokens, need_weights=False)[0]
-        return h.transpose(1, 2).reshape(x.shape)  # (batch, channels, height, width)
+def norm_act_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Return a group norm, an activation and a convolution."""
+    return nn.Sequential(
+        nn.GroupNorm(8, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    )
 
 
 class UNetBlock(nn.Module):
-    """A ResnetBlock, then a TransformerBlock."""
+    """Convolutions, which add the timestep; self-attention; cross-attention to the prompt.
 
-    def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
+    As in R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022,
+    section 3.3: the queries are pixels of the latents, the keys and values tokens of the prompt.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embed_dim: int, num_heads: int = 4
+    ) -> None:
         super().__init__()
-        self.resnet = ResnetBlock(in_channels, out_channels, embed_dim)
-        self.transformer = TransformerBlock(out_channels, embed_dim)
+        self.conv1 = norm_act_conv(in_channels, out_channels)
+        self.time_proj = nn.Linear(embed_dim, out_channels)
+        self.conv2 = norm_act_conv(out_channels, out_channels)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm1 = nn.LayerNorm(out_channels)
+        self.norm2 = nn.LayerNorm(out_channels)
+        self.self_attn = nn.MultiheadAttention(out_channels, num_heads, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(
+            out_channels, num_heads, kdim=embed_dim, vdim=embed_dim, batch_first=True
+        )
 
     def forward(
         self, x: torch.Tensor, time_emb: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         """Return (batch, out_channels, height, width)."""
-        x = self.resnet(x, time_emb)  # (batch, out_channels, height, width)
-        return self.transformer(x, tokens)
+        h = self.conv1(x)  # (batch, out_channels, height, width)
+        h = h + self.time_proj(time_emb)[:, :, None, None]
+        x = self.conv_shortcut(x) + self.conv2(h)
+
+        h = x.flatten(2).transpose(1, 2)  # (batch, height * width, out_channels)
+        query = self.norm1(h)
+        h = h + self.self_attn(query, query, query, need_weights=False)[0]
+        query = self.norm2(h)
+        h = h + self.cross_attn(query, tokens, tokens, need_weights=False)[0]
+        return h.transpose(1, 2).reshape(x.shape)  # (batch, out_channels, height, width)
 
 
 class UNet(nn.Module):
@@ -115,15 +89,15 @@ class UNet(nn.Module):
             nn.Upsample(scale_factor=2), nn.Conv2d(2 * channels, channels, 3, padding=1)
         )
         self.up_block = UNetBlock(2 * channels, channels, embed_dim)
-        self.conv_out = nn.Sequential(
-            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, 2, 3, padding=1)
-        )
+        self.conv_out = norm_act_conv(channels, 2)
 
     def forward(self, inputs: UNetInput) -> torch.Tensor:
-        """Return the prediction: the noise or the velocity, as the scheduler's prediction_type."""
-        time_emb = self.time_mlp(timestep_embedding(inputs.timesteps, self.embed_dim))
+        """Return the predicted noise, or velocity, as the scheduler's prediction_type says."""
+        time_emb = timestep_embedding(inputs.timesteps, self.embed_dim)  # (batch, embed_dim)
+        time_emb = self.time_mlp(time_emb)
         tokens = self.prompt_embedding(inputs.prompts)  # (batch, NUM_TOKENS * embed_dim)
         tokens = tokens.view(-1, NUM_TOKENS, self.embed_dim)  # (batch, NUM_TOKENS, embed_dim)
+
         x = self.conv_in(inputs.latents)  # (batch, channels, 4, 4)
         skip = self.down_block(x, time_emb, tokens)
         mid = self.downsample(skip)  # (batch, channels, 2, 2)

@@ -9,10 +9,7 @@ KL_WEIGHT = 0.0005
 
 
 class VAEOutput(NamedTuple):
-    """Reconstructed images, and the distribution of their latents.
-
-    images: (batch, 1, 8, 8); mean and logvar: (batch, 2, 4, 4).
-    """
+    """Images, (batch, 1, 8, 8), and the distribution of their latents, (batch, 2, 4, 4) each."""
 
     images: torch.Tensor
     mean: torch.Tensor
@@ -22,8 +19,8 @@ class VAEOutput(NamedTuple):
 class VAE(nn.Module):
     """Encodes images as normal distributions of latents, and decodes latents to images.
 
-    D. Kingma and M. Welling, "Auto-Encoding Variational Bayes", 2014. Training on random samples of
-    the latents makes the decoder work on latents that no training image has.
+    D. Kingma and M. Welling, "Auto-Encoding Variational Bayes", 2014. It is trained on random
+    samples of the latents, so that it can also decode latents between those of training images.
     """
 
     def __init__(self, channels: int = 48) -> None:
@@ -33,7 +30,7 @@ class VAE(nn.Module):
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, stride=2, padding=1),  # (batch, channels, 4, 4)
             nn.SiLU(),
-            nn.Conv2d(channels, 4, 3, padding=1),  # (batch, 4, 4, 4): two of mean, two of logvar
+            nn.Conv2d(channels, 4, 3, padding=1),  # (batch, 4, 4, 4): mean and logvar
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(2, channels, 3, padding=1),  # (batch, channels, 4, 4)
@@ -44,16 +41,11 @@ class VAE(nn.Module):
             nn.Conv2d(channels, 1, 3, padding=1),  # (batch, 1, 8, 8)
         )
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and the log variance of the latents, (batch, 2, 4, 4) each."""
-        mean, logvar = self.encoder(images).chunk(2, dim=1)
-        return mean, logvar
-
     def forward(self, images: torch.Tensor) -> VAEOutput:
         """Encode images, (batch, 1, 8, 8) from 0 to 1, sample their latents, and decode those."""
-        mean, logvar = self.encode(images)  # (batch, 2, 4, 4) each
+        mean, logvar = self.encoder(images).chunk(2, dim=1)  # (batch, 2, 4, 4) each
         latents = mean + (logvar / 2).exp() * torch.randn_like(mean)  # reparameterization trick
-        return VAEOutput(self.decoder(latents), mean, logvar)  # (batch, 1, 8, 8)
+        return VAEOutput(self.decoder(latents), mean, logvar)  # images: (batch, 1, 8, 8)
 
 
 def vae_loss(output: VAEOutput, images: torch.Tensor) -> torch.Tensor:
