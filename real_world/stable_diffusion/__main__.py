@@ -20,7 +20,7 @@ from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import check_schedulers, evaluate_generation
 from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model, save_model
 from real_world.stable_diffusion.plot import plot_example, save_images, to_text
-from real_world.stable_diffusion.train import UNET_STEPS, train_unet, train_vae
+from real_world.stable_diffusion.train import UNET_STEPS, VAE_EPOCHS, train_unet, train_vae
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def train_model(args: argparse.Namespace) -> tuple[LatentDiffusion, dict[str, li
     model = LatentDiffusion().to(args.device)
     data = load_images(args.device)
     print(f"  VAE, {sum(p.numel() for p in model.vae.parameters()):,} parameters:")
-    vae_losses = train_vae(model.vae, data.X_train)
+    vae_losses = train_vae(model.vae, data.X_train, VAE_EPOCHS)
     model.scaling_factor = 1 / model.encode(data.X_train).std()
     latents = model.encode(data.X_train)
     print(f"\n  U-Net, {sum(p.numel() for p in model.unet.parameters()):,} parameters:")

@@ -18,7 +18,7 @@ VAE_EPOCHS = 50
 UNET_STEPS = 2500
 
 
-def train_vae(vae: VAE, images: torch.Tensor, epochs: int = VAE_EPOCHS) -> list[float]:
+def train_vae(vae: VAE, images: torch.Tensor, epochs: int) -> list[float]:
     """Train a VAE in place on images, (n, 1, 8, 8); return the loss of every step."""
     loader = DataLoader(TensorDataset(images, images), BATCH_SIZE, shuffle=True)
     steps = epochs * len(loader)
@@ -39,7 +39,7 @@ def train_unet(
     latents: torch.Tensor,
     labels: torch.Tensor,
     scheduler: NoiseScheduler,
-    steps: int = UNET_STEPS,
+    steps: int,
 ) -> list[float]:
     """Train a U-Net in place on scaled latents, (n, 2, 4, 4), and labels, (n,) int64.
 
