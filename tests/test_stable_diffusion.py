@@ -242,7 +242,7 @@ def test_run_saves_model_and_figure(run):
     assert (len(losses["vae"]), len(losses["unet"])) == (180, 200)
     assert losses["vae"][-1] < losses["vae"][0] / 5
     assert sum(losses["unet"][-10:]) < sum(losses["unet"][:10]) / 4
-    assert matplotlib.image.imread(run / "stable_diffusion.png").shape == (840, 1440, 4)
+    assert matplotlib.image.imread(run / "stable_diffusion.png").shape == (780, 1440, 4)
     assert {path.suffix for path in run.iterdir()} == {".png", ".safetensors"}
 
 

@@ -31,7 +31,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     steps_help = f"train a new model for N steps (default: load it, or {UNET_STEPS})"
     add("--train-steps", metavar="N", type=bounded_int(20), help=steps_help)
     divisors = (10, 20, 25, 50, 100, 200, 250, 500)  # of the 1000 timesteps
-    add("--inference-steps", type=int, choices=divisors, default=50, help="default: 50")
+    add(
+        "--inference-steps", metavar="N", type=int, choices=divisors, default=50, help="default: 50"
+    )
     args = parser.parse_args(argv)
     if args.guidance is not None and args.prompt is None:
         parser.error("argument --guidance: requires --prompt")

@@ -52,7 +52,7 @@ def plot_example(
 ) -> None:
     """Save a figure: ten images per digit, the DDIM steps of one, guidance scales, the losses."""
     device = model.scaling_factor.device
-    figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 6.5), dpi=120, layout="constrained")
     axes = figure.subplot_mosaic(
         [["prompts", "steps"], ["prompts", "guidance"], ["prompts", "losses"]],
         width_ratios=(1.1, 1),
@@ -75,7 +75,9 @@ def plot_example(
     prompts = torch.tensor([2, 5, 8], device=device)
     images_by_scale = [model.generate(prompts, scale, seed=seed + 1) for scale in scales]
     images = torch.stack(images_by_scale, dim=1).flatten(0, 1)  # (3 * len(scales), 1, 8, 8)
-    axes["guidance"].set(title="Same noise", xlabel="guidance scale", ylabel="prompt")
+    axes["guidance"].set(
+        title="The same noise with increasing guidance", xlabel="guidance scale", ylabel="prompt"
+    )
     show_grid(axes["guidance"], images, ["2", "5", "8"], [f"{scale:g}" for scale in scales])
 
     axes["losses"].set(title="Training loss", xlabel="step", yscale="log")
