@@ -28,12 +28,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", metavar="DIGIT", type=int, choices=range(10), help="only generate this digit")
     add("--guidance", metavar="SCALE", type=float, help="guidance scale for --prompt (default: 3)")
-    steps_help = f"train a new model for N steps (default: load it, or {UNET_STEPS})"
-    add("--train-steps", metavar="N", type=bounded_int(20), help=steps_help)
-    divisors = (10, 20, 25, 50, 100, 200, 250, 500)  # of the 1000 timesteps
-    add(
-        "--inference-steps", metavar="N", type=int, choices=divisors, default=50, help="default: 50"
-    )
+    divisors = (10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
+    text = "DDIM steps, a divisor of 1000 from 10 to 500 (default: 50)"
+    add("--inference-steps", metavar="N", type=int, choices=divisors, default=50, help=text)
+    text = f"train a new model for N steps (default: {UNET_STEPS}, if no model is saved yet)"
+    add("--train-steps", metavar="N", type=bounded_int(20), help=text)
     args = parser.parse_args(argv)
     if args.guidance is not None and args.prompt is None:
         parser.error("argument --guidance: requires --prompt")
