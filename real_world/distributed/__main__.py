@@ -1,0 +1,165 @@
+"""The lesson's train(), unchanged, on several processes.
+
+    torchrun --standalone --nproc-per-node 2 -m real_world.distributed
+    torchrun --standalone --nproc-per-node 2 -m real_world.distributed --fsdp
+    python -m real_world.distributed --scaling
+
+The first trains the lesson's model on the digits: every process has a copy of the model
+(DistributedDataParallel). The second trains a Llama whose parameters are divided over the processes
+(FSDP2). Both compare each loss and each weight with those of training on one process. The third
+estimates how data parallel training scales to 10,000 workers.
+"""
+
+import argparse
+import io
+import sys
+
+import torch
+import torch.distributed as dist
+
+import lesson_code as lesson
+from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
+from real_world.digits.data import load_digits
+from real_world.distributed import ddp, fsdp
+from real_world.distributed.process_group import init_process_group, local_device, shard_slice
+
+QUOTE = "used verbatim — just at a scale involving thousands of A100 GPUs"
+
+
+def check_equal(
+    losses: list[float],
+    expected_losses: list[float],
+    weights: dict[str, torch.Tensor],
+    expected_weights: dict[str, torch.Tensor],
+) -> None:
+    """Compare with training on one process. In float64, differences are of the order of 1e-15."""
+    pairs = zip(losses, expected_losses, strict=True)
+    error = max(abs(loss - expected) for loss, expected in pairs)
+    lesson.check("losses of one process", f"differ by at most {error:.1e}", error < 1e-9)
+    error = max(
+        (weights[name] - expected).abs().max().item() for name, expected in expected_weights.items()
+    )
+    lesson.check("weights of one process", f"differ by at most {error:.1e}", error < 1e-9)
+
+
+def run_ddp(args: argparse.Namespace, device: torch.device) -> None:
+    """Train a copy of the lesson's model on every process."""
+    digits = load_digits(args.seed, device)
+    X, y = digits.X_train.double(), digits.y_train
+    world_size = dist.get_world_size()
+    shards = [shard_slice(len(y), rank, world_size) for rank in range(world_size)]
+    sizes = sorted({shard.stop - shard.start for shard in shards})
+    show("samples per process", f"{' or '.join(map(str, sizes))}, of {len(y)}")
+    scales = [f"{size * world_size / len(y):.4f}" for size in sizes]
+    show("the loss is multiplied by", f"{' or '.join(scales)}")
+
+    path = args.output / f"ddp-seed{args.seed}.pt"
+    model, optimizer, losses = ddp.build_or_load(path, args.seed, args.epochs, device)
+    if losses:
+        show("resumed from", f"{path}, epoch {len(losses)}")
+    ddp.train_ddp(model, optimizer, losses, X, y, args.epochs, args.save_every, path)
+    show(f"loss, epochs 1 and {args.epochs}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
+    expected_model, expected_losses = ddp.train_on_one_process(X, y, args.seed, args.epochs)
+    check_equal(losses, expected_losses, model.state_dict(), expected_model.state_dict())
+    show("checkpoint saved to", path)
+
+
+def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
+    """Train a Llama of which every process has a shard."""
+    model = fsdp.build_llama(args.seed, device)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    show("parameters", f"{num_bytes:,} bytes")
+    fsdp.shard_llama(model, device)
+    shard_bytes = fsdp.shard_sizes(model)
+    label = "of these, per process"
+    lesson.check(label, ", ".join(f"{n:,}" for n in shard_bytes), sum(shard_bytes) == num_bytes)
+
+    folder = args.output / f"fsdp-seed{args.seed}"
+    optimizer = fsdp.make_optimizer(model)
+    first_step = fsdp.latest_step(folder, before=args.steps)
+    if first_step:
+        fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
+        show("resumed from", folder / f"step-{first_step}")
+    losses = fsdp.train_fsdp(model, optimizer, args.seed, first_step, args.steps)
+    show(f"loss, steps {first_step + 1} and {args.steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
+    fsdp.save_sharded(folder / f"step-{args.steps}", model, optimizer)
+
+    expected_model, expected_losses = fsdp.train_on_one_process(args.seed, args.steps, device)
+    weights = {name: shards.full_tensor() for name, shards in model.state_dict().items()}
+    check_equal(losses, expected_losses[first_step:], weights, expected_model.state_dict())
+    show("checkpoint saved to", folder / f"step-{args.steps}")
+
+
+def run_scaling(args: argparse.Namespace) -> None:
+    """Estimate the efficiency of data parallel training from a step measured here."""
+    from real_world.distributed.plot import plot_scaling
+    from real_world.distributed.scaling import efficiency, measure_steps, ring_all_reduce_time
+
+    bandwidth, latency = args.bandwidth * 1e9 / 8, args.latency / 1e6
+    costs = measure_steps(args.seed, args.device)
+    for cost in costs:
+        time = f"{1000 * cost.step_time:.2f} ms per step"
+        show(cost.name, f"{time}, {cost.gradient_bytes:,} bytes of gradients")
+    show("measured with", f"one process on {args.device}, one thread")
+    show("network", f"{args.bandwidth} Gb/s, {args.latency} us per message")
+    print("\n  Time to average the gradients of N workers, and the fraction of time they compute:")
+    print(f"  {'workers':>9}" + "".join(f"{cost.name:>26}" for cost in costs))
+    for workers in (1, 2, 8, 64, 512, 1000, 4096, 10_000):
+        row = f"  {workers:>9,}"
+        for cost in costs:
+            ring = ring_all_reduce_time(cost.gradient_bytes, workers, bandwidth, latency)
+            computing = efficiency(cost, workers, bandwidth, latency)
+            row += f"{1000 * ring:>16.2f} ms {computing:>6.0%}"
+        print(row)
+    print("\n  Memory, with 16 bytes per parameter (weight, gradient, and Adam's two averages):")
+    show("a copy on each GPU of 80 GB", f"at most {80e9 / 16 / 1e9:.0f} billion parameters")
+    show("70 billion, sharded over 64 GPUs", f"{70e9 * 16 / 64 / 1e9:.1f} GB each")
+    if not args.no_figure:
+        path = args.output / "distributed.png"
+        plot_scaling(path, costs, bandwidth, latency)
+        show("figure saved to", path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser("distributed", "The lesson's train() on several processes.")
+    add = parser.add_argument
+    number = bounded_int(1)
+    add("--epochs", metavar="N", type=number, default=200, help="of the digits (default: 200)")
+    add("--save-every", metavar="N", type=number, default=20, help="epochs (default: 20)")
+    add("--fsdp", action="store_true", help="shard a Llama instead")
+    add("--steps", metavar="N", type=number, default=10, help="of the Llama (default: 10)")
+    add("--timeout", metavar="S", type=number, default=60, help="for other processes (default: 60)")
+    add("--scaling", action="store_true", help="estimate how data parallel training scales")
+    add("--bandwidth", metavar="GBIT", type=number, default=100, help="Gb/s (default: 100)")
+    add("--latency", metavar="US", type=number, default=5, help="us per message (default: 5)")
+    args = parser.parse_args(argv)
+    if args.device.type == "mps":
+        parser.error("argument --device: mps has no float64, in which results are compared")
+    torch.set_num_threads(1)  # several processes share the cores
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.scaling:
+        print_heading("Distributed: an estimate of scaling", QUOTE)
+        run_scaling(args)
+        return
+
+    try:
+        device = local_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
+    init_process_group(device, args.timeout)
+    if dist.get_rank() > 0:
+        sys.stdout = io.StringIO()  # only rank 0 prints
+    method = "FullyShardedDataParallel" if args.fsdp else "DistributedDataParallel"
+    processes = "1 process" if dist.get_world_size() == 1 else f"{dist.get_world_size()} processes"
+    print_heading(f"{method} on {processes}", QUOTE)
+    show("backend", f"{dist.get_backend()}, on {device}")
+    if args.fsdp:
+        run_fsdp(args, device)
+    else:
+        run_ddp(args, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,81 @@
+"""Data parallel training: each process has the whole model and a shard of the batch.
+
+DistributedDataParallel averages the gradients of all processes while loss.backward() computes them,
+so every process makes the same update (S. Li et al., "PyTorch Distributed", 2020). `# NEW` marks
+what differs from training with one process.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lesson_code as lesson
+from real_world.digits.model import build_model
+from real_world.distributed.process_group import (
+    check_same_on_all_ranks,
+    mean_over_ranks,
+    scale_loss_by_shard,
+    shard_slice,
+)
+
+
+def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer]:
+    """Return the digits' model and an optimizer for it, in float64.
+
+    In float32, the order in which gradients are summed shows in the last digits, and Adam amplifies
+    the difference in every step.
+    """
+    model, _ = build_model(seed, device)
+    return model, torch.optim.Adam(model.double().parameters(), lr=0.01)
+
+
+def build_or_load(
+    path: Path, seed: int, epochs: int, device: torch.device
+) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer, list[float]]:
+    """Return model, optimizer and losses: those of an interrupted run's checkpoint, or new ones."""
+    if path.exists():
+        model, optimizer, losses = lesson.load_checkpoint(path, device)
+        if len(losses) < epochs:
+            return model, optimizer, losses
+    model, optimizer = build(seed, device)
+    return model, optimizer, []
+
+
+def train_ddp(
+    model: lesson.SimpleClassifier,
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    X: torch.Tensor,
+    y: torch.Tensor,
+    epochs: int,
+    save_every: int,
+    path: Path,
+) -> None:
+    """Train in place, on all processes, until there are `epochs` losses; save checkpoints."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
+    check_same_on_all_ranks(epochs=epochs, epochs_done=len(losses), save_every=save_every)  # NEW
+    shard = shard_slice(len(y), rank, world_size)  # NEW
+    X_shard, y_shard = X[shard], y[shard]  # NEW
+    criterion = scale_loss_by_shard(  # NEW
+        nn.CrossEntropyLoss(), len(y_shard), len(y), world_size
+    )
+    ddp_model = DistributedDataParallel(model)  # NEW: a wrapper, which trains the same weights
+    while len(losses) < epochs:
+        until_save = min(save_every, epochs - len(losses))
+        shard_losses = lesson.train(
+            ddp_model, [(X_shard, y_shard)], criterion, optimizer, until_save
+        )
+        losses += mean_over_ranks(shard_losses, X.device)  # NEW
+        if rank == 0:  # NEW
+            lesson.save_checkpoint(path, model, optimizer, losses)
+
+
+def train_on_one_process(
+    X: torch.Tensor, y: torch.Tensor, seed: int, epochs: int
+) -> tuple[lesson.SimpleClassifier, list[float]]:
+    """Train without torch.distributed, for comparison."""
+    model, optimizer = build(seed, X.device)
+    return model, lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, epochs)

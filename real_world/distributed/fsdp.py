@@ -1,0 +1,107 @@
+"""Fully sharded training: each process has a shard of the model and a shard of the batch.
+
+fully_shard() (FSDP2) divides every parameter by rows. A layer's parameters are gathered from all
+processes before its forward and its backward pass, and freed afterwards; of its averaged gradients,
+each process receives those of its shard. So the gradients and the optimizer's state are sharded, too
+(Y. Zhao et al., "PyTorch FSDP", 2023). `# NEW` marks what differs from training with one process.
+"""
+
+import itertools
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import lesson_code as lesson
+from real_world.distributed.process_group import (
+    check_same_on_all_ranks,
+    mean_over_ranks,
+    scale_loss_by_shard,
+    shard_slice,
+)
+from real_world.llama.config import LLAMA_TINY
+from real_world.llama.data import RandomWindows, load_corpus, train_val_split
+from real_world.llama.model import Llama
+from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, next_token_loss
+
+
+def build_llama(seed: int, device: torch.device) -> Llama:
+    """Return an untrained Llama, in float64 so that its losses can be compared."""
+    torch.manual_seed(seed)
+    return Llama(LLAMA_TINY).double().to(device)
+
+
+def make_optimizer(model: Llama) -> torch.optim.Optimizer:
+    """Return AdamW with a constant learning rate: a run can be continued for any time."""
+    return torch.optim.AdamW(model.parameters(), lr=0.001)
+
+
+def load_batches(seed: int, steps: int, device: torch.device) -> RandomWindows:
+    """Return the batches (X, y) of all steps."""
+    text, _ = train_val_split(load_corpus())
+    return RandomWindows(text.to(device), BATCH_SIZE, CONTEXT_LENGTH, steps, seed)
+
+
+def shard_llama(model: Llama, device: torch.device) -> None:
+    """Shard the parameters of a model, in place: a decoder layer at a time, then the rest."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)  # these parameters are gathered and freed together
+    fully_shard(model, mesh=mesh)
+
+
+def shard_sizes(model: Llama) -> list[int]:
+    """Return how many bytes of the parameters each process has."""
+    own = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
+    sizes = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, own)
+    return sizes
+
+
+def train_fsdp(
+    model: Llama, optimizer: torch.optim.Optimizer, seed: int, first_step: int, steps: int
+) -> list[float]:
+    """Train a sharded model in place; return the losses of the steps after `first_step`."""
+    device = model.lm_head.weight.device
+    rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
+    check_same_on_all_ranks(seed=seed, steps=steps, first_step=first_step)  # NEW
+    shard = shard_slice(BATCH_SIZE, rank, world_size)  # NEW
+    shard_size = shard.stop - shard.start  # NEW
+    criterion = scale_loss_by_shard(next_token_loss, shard_size, BATCH_SIZE, world_size)  # NEW
+    batches = itertools.islice(load_batches(seed, steps, device), first_step, None)
+    shards = ((X[shard], y[shard]) for X, y in batches)  # NEW
+    losses = lesson.train(model, shards, criterion, optimizer, epochs=1)
+    return mean_over_ranks(losses, device)  # NEW: these were of the shard
+
+
+def train_on_one_process(seed: int, steps: int, device: torch.device) -> tuple[Llama, list[float]]:
+    """Train the same model on the same batches without torch.distributed, for comparison."""
+    model = build_llama(seed, device)
+    batches = load_batches(seed, steps, device)
+    return model, lesson.train(model, batches, next_token_loss, make_optimizer(model), epochs=1)
+
+
+def latest_step(folder: Path, before: int) -> int:
+    """Return the step of the latest checkpoint before a step, or 0 if there is none."""
+    saved = [0]
+    for metadata in folder.glob("step-*/.metadata"):  # written last: the checkpoint is complete
+        saved.append(int(metadata.parent.name.removeprefix("step-")))
+    return max(step for step in saved if step < before)
+
+
+def save_sharded(path: Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
+    """Save a checkpoint: every process writes its shards to a file of its own."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+
+
+def load_sharded(path: Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
+    """Load a checkpoint in place. Another number of processes may have saved it (resharding)."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    # Each process reads the parts of the files that its own shards consist of.
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)

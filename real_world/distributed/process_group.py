@@ -1,0 +1,84 @@
+"""Joining the processes that torchrun has started, and dividing a batch between them.
+
+torchrun sets environment variables in each process: RANK (its number), WORLD_SIZE (how many there
+are), LOCAL_RANK (its number on this machine), MASTER_ADDR and MASTER_PORT (where they meet).
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import lesson_code as lesson
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return the device of this process: each has its own GPU. Raises ValueError."""
+    if device.type != "cuda":
+        return device
+    return lesson.select_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+
+
+def init_process_group(device: torch.device, timeout: int) -> None:
+    """Join the other processes, within `timeout` seconds; without torchrun there are none."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = dist.get_default_backend_for_device(device)  # nccl for CUDA, gloo for CPUs
+    if "RANK" in os.environ:
+        threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def exit_with_parent(parent: int) -> None:
+    """Exit when torchrun was killed: its processes would go on training beside the next run's."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def check_same_on_all_ranks(**values: object) -> None:
+    """Raise CheckFailed if a rank has other values: each machine has its own command line."""
+    gathered: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    for rank, other in enumerate(gathered):
+        for name, value in other.items():
+            if value != gathered[0][name]:
+                message = f"{name} is {value} on rank {rank}, but {gathered[0][name]} on rank 0"
+                raise lesson.CheckFailed(message)
+
+
+def shard_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """Return which samples of a batch a rank trains on. Shards differ by one sample at most."""
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+def scale_loss_by_shard(
+    criterion: Criterion, shard_size: int, batch_size: int, world_size: int
+) -> Criterion:
+    """Return a criterion for a rank whose shard has `shard_size` of the `batch_size` samples.
+
+    DistributedDataParallel and FSDP average the gradients of all ranks, with equal weights. But the
+    mean over a smaller shard must count for less: without this factor, the average would not be
+    the gradient of the mean over the batch.
+    """
+    scale = shard_size * world_size / batch_size
+
+    def scaled_criterion(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return scale * criterion(outputs, y)
+
+    return scaled_criterion
+
+
+def mean_over_ranks(losses: list[float], device: torch.device) -> list[float]:
+    """Return the mean over all ranks of each loss."""
+    total = torch.tensor(losses, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()

@@ -1,0 +1,194 @@
+"""The distributed example, with real processes: several, killed, and on two nodes."""
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import lesson_code as lesson
+from processes import children, finish, free_port, is_running, start, wait_until
+from real_world.digits.data import load_digits
+from real_world.digits.model import build_model
+from real_world.distributed import __main__ as distributed
+from real_world.distributed import fsdp
+from real_world.distributed.process_group import scale_loss_by_shard, shard_slice
+from real_world.distributed.scaling import StepCost, efficiency, ring_all_reduce_time
+
+EPOCHS = 600
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+EXAMPLE = ["-m", "real_world.distributed", "--device", "cpu"]
+
+
+def torchrun(processes, *options):
+    launch = ["--standalone", "--nproc-per-node", processes]
+    with start(*TORCHRUN, *launch, *EXAMPLE, *options) as agent:
+        return finish(agent)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Return the model and the losses of training without torch.distributed."""
+    digits = load_digits()
+    model, _ = build_model(0)
+    optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
+    batches = [(digits.X_train.double(), digits.y_train)]
+    losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer, EPOCHS)
+    return model, losses
+
+
+def assert_same(path, one_process):
+    """Compare a checkpoint with training on one process."""
+    model, _, losses = lesson.load_checkpoint(path)
+    expected_model, expected_losses = one_process
+    assert losses == pytest.approx(expected_losses, rel=0, abs=1e-9)
+    for weights, expected in zip(model.parameters(), expected_model.parameters(), strict=True):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-9)
+
+
+def saved_epochs(path: Path) -> int:
+    return len(lesson.load_checkpoint(path)[2]) if path.exists() else 0
+
+
+# Shards
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 1257])
+def test_shards_are_a_partition_of_nearly_equal_sizes(batch_size):
+    for world_size in range(1, 9):
+        shards = [shard_slice(batch_size, rank, world_size) for rank in range(world_size)]
+        samples = [sample for shard in shards for sample in range(batch_size)[shard]]
+        assert samples == list(range(batch_size))
+        sizes = [shard.stop - shard.start for shard in shards]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_scaled_losses_of_unequal_shards_average_to_the_loss_of_the_batch():
+    logits, y = torch.randn(10, 3), torch.randint(3, (10,))
+    criterion = nn.CrossEntropyLoss()
+    small = scale_loss_by_shard(criterion, 3, batch_size=10, world_size=2)(logits[:3], y[:3])
+    large = scale_loss_by_shard(criterion, 7, batch_size=10, world_size=2)(logits[3:], y[3:])
+    torch.testing.assert_close((small + large) / 2, criterion(logits, y))
+
+
+# Data parallel
+
+
+def test_ddp_equals_one_process(tmp_path, one_process):
+    status, output = torchrun(2, "--epochs", EPOCHS, "--save-every", 250, "--output", tmp_path)
+    assert status == 0, output
+    assert "628 or 629, of 1257" in output
+    assert output.count(" ok\n") == 2, "only rank 0 prints"
+    assert_same(tmp_path / "ddp-seed0.pt", one_process)
+
+
+def test_two_nodes_resume_after_killed_workers(tmp_path, one_process):
+    path = tmp_path / "ddp-seed0.pt"
+    launch = [*TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    launch += ["--rdzv-id", "test", "--local-addr", "127.0.0.1", "--rdzv-conf"]
+    options = ["--epochs", EPOCHS, "--save-every", 10, "--output", tmp_path]
+    restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (
+        start(*launch, "is_host=1", *EXAMPLE, *options, **restarts) as node0,
+        start(*launch, "is_host=0", *EXAMPLE, *options, **restarts) as node1,
+    ):
+        for node in (node1, node0):
+            before = saved_epochs(path)
+            wait_until(lambda epochs=before: saved_epochs(path) > epochs)
+            os.kill(children(node)[-1], signal.SIGKILL)
+        status0, output0 = finish(node0)
+        status1, output1 = finish(node1)
+    output = output0 + output1
+    assert (status0, status1) == (0, 0), output
+    assert output.count("resumed from") == 2
+    assert_same(path, one_process)
+
+
+def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, one_process):
+    path = tmp_path / "ddp-seed0.pt"
+    launch = ["--standalone", "--nproc-per-node", 2]
+    options = ["--epochs", EPOCHS, "--save-every", 10, "--output", tmp_path]
+    with start(*TORCHRUN, *launch, *EXAMPLE, *options) as agent:
+        wait_until(lambda: saved_epochs(path) > 0)
+        workers = children(agent)
+        agent.kill()
+        wait_until(lambda: not any(is_running(worker) for worker in workers))
+    reached = saved_epochs(path)
+    assert 0 < reached < EPOCHS
+    status, output = torchrun(2, *options)
+    assert status == 0, output
+    assert re.search(rf"resumed from +{path}, epoch {reached}\n", output)
+    assert_same(path, one_process)
+
+
+def test_ranks_with_different_options_are_reported(tmp_path):
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, *EXAMPLE, "--output", tmp_path, "--epochs"]
+    with start(*command, 5, RANK="0", **rendezvous) as rank0:
+        with start(*command, 6, RANK="1", **rendezvous) as rank1:
+            for rank in (rank0, rank1):
+                status, output = finish(rank)
+                assert status == 1
+                assert "error: epochs is 6 on rank 1, but 5 on rank 0\n" in output
+
+
+# Fully sharded
+
+
+def test_fsdp_equals_one_process_on_any_number_of_processes(tmp_path):
+    """A run on 2 processes is continued on 4, with other shards, and then on 1."""
+    options = ["--fsdp", "--output", tmp_path]
+    for processes, steps in ((2, 3), (4, 5)):
+        status, output = torchrun(processes, *options, "--steps", steps)
+        assert status == 0, output
+        size = f"{6_562_816 // processes:,}"
+        assert re.search(rf"per process +{', '.join([size] * processes)} +ok", output)
+    assert f"{tmp_path}/fsdp-seed0/step-3\n" in output
+    distributed.main(["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps", "6"])
+
+    expected_model, _ = fsdp.train_on_one_process(seed=0, steps=6, device=torch.device("cpu"))
+    model = fsdp.build_llama(seed=1, device=torch.device("cpu"))
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path / "fsdp-seed0" / "step-6", no_dist=True)
+    for name, expected in expected_model.state_dict().items():
+        torch.testing.assert_close(state["model"][name], expected, rtol=0, atol=1e-9)
+
+
+def test_incomplete_checkpoint_is_not_loaded(tmp_path):
+    for step in (3, 5, 8):
+        (tmp_path / f"step-{step}").mkdir()
+    for step in (3, 8):
+        (tmp_path / f"step-{step}" / ".metadata").touch()
+    assert fsdp.latest_step(tmp_path, before=8) == 3
+    assert fsdp.latest_step(tmp_path, before=3) == 0
+
+
+# Scaling
+
+
+def test_ring_all_reduce_sends_twice_the_gradients_at_most():
+    assert ring_all_reduce_time(1e9, 1, bandwidth=1e9, latency=1) == 0
+    assert ring_all_reduce_time(1e9, 2, bandwidth=1e9, latency=0) == pytest.approx(1)
+    assert ring_all_reduce_time(1e9, 10_000, bandwidth=1e9, latency=0) == pytest.approx(2, rel=1e-3)
+    assert ring_all_reduce_time(0, 10_000, bandwidth=1e9, latency=1e-6) == pytest.approx(0.019998)
+
+
+def test_efficiency():
+    cost = StepCost("model", step_time=1, gradient_bytes=10**9)
+    assert efficiency(cost, 1, bandwidth=1e9, latency=0) == 1
+    assert efficiency(cost, 2, bandwidth=1e9, latency=0) == pytest.approx(0.5)
+
+
+def test_scaling_estimate_and_figure(tmp_path, capsys):
+    distributed.main(["--scaling", "--device", "cpu", "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "38,440 bytes of gradients" in output
+    assert re.search(r"^ +10,000 +100\.\d\d ms", output, re.MULTILINE), "19,998 messages of 5 us"
+    assert matplotlib.image.imread(tmp_path / "distributed.png").shape == (480, 1200, 4)
