@@ -10,10 +10,10 @@ import matplotlib.image
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from processes import children, finish, free_port, is_running, start, wait_until
 from torch import nn
 
 import lesson_code as lesson
-from processes import children, finish, free_port, is_running, start, wait_until
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.distributed import __main__ as distributed
@@ -21,7 +21,7 @@ from real_world.distributed import fsdp
 from real_world.distributed.process_group import scale_loss_by_shard, shard_slice
 from real_world.distributed.scaling import StepCost, efficiency, ring_all_reduce_time
 
-EPOCHS = 600
+EPOCHS = 400
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 EXAMPLE = ["-m", "real_world.distributed", "--device", "cpu"]
 
@@ -35,6 +35,7 @@ def torchrun(processes, *options):
 @pytest.fixture(scope="module")
 def one_process():
     """Return the model and the losses of training without torch.distributed."""
+    torch.set_num_threads(1)
     digits = load_digits()
     model, _ = build_model(0)
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
@@ -61,7 +62,7 @@ def saved_epochs(path: Path) -> int:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 1257])
 def test_shards_are_a_partition_of_nearly_equal_sizes(batch_size):
-    for world_size in range(1, 9):
+    for world_size in range(1, min(batch_size, 8) + 1):
         shards = [shard_slice(batch_size, rank, world_size) for rank in range(world_size)]
         samples = [sample for shard in shards for sample in range(batch_size)[shard]]
         assert samples == list(range(batch_size))
@@ -75,6 +76,11 @@ def test_scaled_losses_of_unequal_shards_average_to_the_loss_of_the_batch():
     small = scale_loss_by_shard(criterion, 3, batch_size=10, world_size=2)(logits[:3], y[:3])
     large = scale_loss_by_shard(criterion, 7, batch_size=10, world_size=2)(logits[3:], y[3:])
     torch.testing.assert_close((small + large) / 2, criterion(logits, y))
+
+
+def test_more_processes_than_samples():
+    with pytest.raises(lesson.CheckFailed, match="a batch of 8 is too small for 9 processes"):
+        shard_slice(8, rank=0, world_size=9)
 
 
 # Data parallel
@@ -131,12 +137,14 @@ def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, one_pr
 def test_ranks_with_different_options_are_reported(tmp_path):
     rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, *EXAMPLE, "--output", tmp_path, "--epochs"]
-    with start(*command, 5, RANK="0", **rendezvous) as rank0:
-        with start(*command, 6, RANK="1", **rendezvous) as rank1:
-            for rank in (rank0, rank1):
-                status, output = finish(rank)
-                assert status == 1
-                assert "error: epochs is 6 on rank 1, but 5 on rank 0\n" in output
+    with (
+        start(*command, 5, RANK="0", **rendezvous) as rank0,
+        start(*command, 6, RANK="1", **rendezvous) as rank1,
+    ):
+        for rank in (rank0, rank1):
+            status, output = finish(rank)
+            assert status == 1
+            assert "error: epochs is 6 on rank 1, but 5 on rank 0\n" in output
 
 
 # Fully sharded

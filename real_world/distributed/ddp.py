@@ -14,12 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
 from real_world.digits.model import build_model
-from real_world.distributed.process_group import (
-    check_same_on_all_ranks,
-    mean_over_ranks,
-    scale_loss_by_shard,
-    shard_slice,
-)
+from real_world.distributed.process_group import mean_over_ranks, scale_loss_by_shard, shard_slice
 
 
 def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer]:
@@ -54,20 +49,28 @@ def train_ddp(
     save_every: int,
     path: Path,
 ) -> None:
-    """Train in place, on all processes, until there are `epochs` losses; save checkpoints."""
+    """Train on all processes, in place, and save checkpoints.
+
+    Args:
+        model: the model; all processes have the same weights.
+        optimizer: its optimizer.
+        losses: the losses of earlier epochs; those of all later epochs are appended.
+        X: the samples of all processes.
+        y: their labels.
+        epochs: train until there are so many losses.
+        save_every: save a checkpoint every so many epochs, and at the end.
+        path: the file of the checkpoint.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
-    check_same_on_all_ranks(epochs=epochs, epochs_done=len(losses), save_every=save_every)  # NEW
     shard = shard_slice(len(y), rank, world_size)  # NEW
     X_shard, y_shard = X[shard], y[shard]  # NEW
-    criterion = scale_loss_by_shard(  # NEW
-        nn.CrossEntropyLoss(), len(y_shard), len(y), world_size
-    )
-    ddp_model = DistributedDataParallel(model)  # NEW: a wrapper, which trains the same weights
+    mean_loss = nn.CrossEntropyLoss()
+    criterion = scale_loss_by_shard(mean_loss, len(y_shard), len(y), world_size)  # NEW
+    ddp_model = DistributedDataParallel(model)  # NEW: it trains the weights of `model`
+    batches = [(X_shard, y_shard)]
     while len(losses) < epochs:
         until_save = min(save_every, epochs - len(losses))
-        shard_losses = lesson.train(
-            ddp_model, [(X_shard, y_shard)], criterion, optimizer, until_save
-        )
+        shard_losses = lesson.train(ddp_model, batches, criterion, optimizer, until_save)
         losses += mean_over_ranks(shard_losses, X.device)  # NEW
         if rank == 0:  # NEW
             lesson.save_checkpoint(path, model, optimizer, losses)

@@ -1,9 +1,9 @@
 """Fully sharded training: each process has a shard of the model and a shard of the batch.
 
 fully_shard() (FSDP2) divides every parameter by rows. A layer's parameters are gathered from all
-processes before its forward and its backward pass, and freed afterwards; of its averaged gradients,
-each process receives those of its shard. So the gradients and the optimizer's state are sharded, too
-(Y. Zhao et al., "PyTorch FSDP", 2023). `# NEW` marks what differs from training with one process.
+processes before its forward and its backward pass, and freed afterwards. Each process receives the
+averaged gradients of its own rows only, so gradients and optimizer state are sharded, too (Y. Zhao
+et al., "PyTorch FSDP", 2023). `# NEW` marks what differs from training with one process.
 """
 
 import itertools
@@ -17,12 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lesson_code as lesson
-from real_world.distributed.process_group import (
-    check_same_on_all_ranks,
-    mean_over_ranks,
-    scale_loss_by_shard,
-    shard_slice,
-)
+from real_world.distributed.process_group import mean_over_ranks, scale_loss_by_shard, shard_slice
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.data import RandomWindows, load_corpus, train_val_split
 from real_world.llama.model import Llama
@@ -36,7 +31,7 @@ def build_llama(seed: int, device: torch.device) -> Llama:
 
 
 def make_optimizer(model: Llama) -> torch.optim.Optimizer:
-    """Return AdamW with a constant learning rate: a run can be continued for any time."""
+    """Return AdamW with a constant learning rate, so that a finished run can be continued."""
     return torch.optim.AdamW(model.parameters(), lr=0.001)
 
 
@@ -50,8 +45,8 @@ def shard_llama(model: Llama, device: torch.device) -> None:
     """Shard the parameters of a model, in place: a decoder layer at a time, then the rest."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)  # these parameters are gathered and freed together
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh)  # NEW: its parameters are gathered and freed together
+    fully_shard(model, mesh=mesh)  # NEW
 
 
 def shard_sizes(model: Llama) -> list[int]:
@@ -65,17 +60,16 @@ def shard_sizes(model: Llama) -> list[int]:
 def train_fsdp(
     model: Llama, optimizer: torch.optim.Optimizer, seed: int, first_step: int, steps: int
 ) -> list[float]:
-    """Train a sharded model in place; return the losses of the steps after `first_step`."""
+    """Train a sharded model in place, from `first_step` to `steps`; return the losses."""
     device = model.lm_head.weight.device
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
-    check_same_on_all_ranks(seed=seed, steps=steps, first_step=first_step)  # NEW
     shard = shard_slice(BATCH_SIZE, rank, world_size)  # NEW
     shard_size = shard.stop - shard.start  # NEW
     criterion = scale_loss_by_shard(next_token_loss, shard_size, BATCH_SIZE, world_size)  # NEW
     batches = itertools.islice(load_batches(seed, steps, device), first_step, None)
     shards = ((X[shard], y[shard]) for X, y in batches)  # NEW
     losses = lesson.train(model, shards, criterion, optimizer, epochs=1)
-    return mean_over_ranks(losses, device)  # NEW: these were of the shard
+    return mean_over_ranks(losses, device)  # NEW
 
 
 def train_on_one_process(seed: int, steps: int, device: torch.device) -> tuple[Llama, list[float]]:

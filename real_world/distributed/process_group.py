@@ -29,23 +29,24 @@ def init_process_group(device: torch.device, timeout: int) -> None:
     """Join the other processes, within `timeout` seconds; without torchrun there are none."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = dist.get_default_backend_for_device(device)  # nccl for CUDA, gloo for CPUs
+    backend = dist.get_default_backend_for_device(device)  # nccl for GPUs, gloo for CPUs
+    device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ:
         threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def exit_with_parent(parent: int) -> None:
-    """Exit when torchrun was killed: its processes would go on training beside the next run's."""
+    """Exit if torchrun is killed; otherwise this process would continue beside the next run."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def check_same_on_all_ranks(**values: object) -> None:
-    """Raise CheckFailed if a rank has other values: each machine has its own command line."""
+    """Raise CheckFailed if ranks have different values; every machine has its own command line."""
     gathered: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, values)
     for rank, other in enumerate(gathered):
@@ -57,6 +58,9 @@ def check_same_on_all_ranks(**values: object) -> None:
 
 def shard_slice(batch_size: int, rank: int, world_size: int) -> slice:
     """Return which samples of a batch a rank trains on. Shards differ by one sample at most."""
+    if world_size > batch_size:
+        message = f"a batch of {batch_size} is too small for {world_size} processes"
+        raise lesson.CheckFailed(message)
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
