@@ -76,10 +76,10 @@ def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
     """Train a Llama of which every process has a shard."""
     model = fsdp.build_llama(args.seed, device)
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    show("parameters", f"{num_bytes:,} bytes")
+    show("parameters, in float64", f"{num_bytes:,} bytes")
     fsdp.shard_llama(model, device)
     shard_bytes = fsdp.shard_sizes(model)
-    label = "of these, per process"
+    label = "shard of each process"
     lesson.check(label, ", ".join(f"{n:,}" for n in shard_bytes), sum(shard_bytes) == num_bytes)
 
     folder = args.output / f"fsdp-seed{args.seed}"
