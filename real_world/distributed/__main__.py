@@ -85,10 +85,10 @@ def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
     folder = args.output / f"fsdp-seed{args.seed}"
     optimizer = fsdp.make_optimizer(model)
     first_step = fsdp.latest_step(folder, before=args.steps)
+    check_same_on_all_ranks(resumed_from_step=first_step)
     if first_step > 0:
         fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
         show("resumed from", folder / f"step-{first_step}")
-    check_same_on_all_ranks(resumed_from_step=first_step)
     losses = fsdp.train_fsdp(model, optimizer, args.seed, first_step, args.steps)
     show(f"loss, steps {first_step + 1} and {args.steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
     fsdp.save_sharded(folder / f"step-{args.steps}", model, optimizer)
