@@ -41,18 +41,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m real_world.benchmark", description=description)
     add = parser.add_argument
     names = list(harness.README_OF)
-    add("entries", metavar="ENTRY", nargs="*", choices=names, help=f"default: {' '.join(names)}")
+    entries = f"{', '.join(names)} or all (default: all)"
+    add("entries", metavar="ENTRY", nargs="*", choices=[*names, "all"], default="all", help=entries)
     add("--quick", action="store_true", help="measure in one round, to see that it works")
     add("--write", action="store_true", help="write the results, the figure and the table")
     add("--render", action="store_true", help="only write the last results' figures and tables")
     args = parser.parse_args(argv)
 
     if args.render:
-        for name in args.entries or harness.load_results():
+        for name in harness.load_results() if "all" in args.entries else args.entries:
             render(name)
         return
-    measurable = [name for name in names if name != "cuda" or torch.cuda.is_available()]
-    for name in args.entries or measurable:
+    if "all" in args.entries:
+        args.entries = [name for name in names if name != "cuda" or torch.cuda.is_available()]
+    for name in args.entries:
         entry = load_entry(name)
         print_heading(f"Benchmark: {name}", entry.QUOTE)
         machine = harness.describe_machine()
