@@ -143,8 +143,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     bars = {name: x for name, x in speedups(results).items() if not name.endswith(" 1 process")}
     figure = Figure(figsize=(8, 2.8), dpi=120, layout="constrained")
     axes = figure.subplots()
-    drawn = axes.barh(list(bars), list(bars.values()))
-    axes.bar_label(drawn, [f"{speedup:.2f} x" for speedup in bars.values()], padding=4)
+    container = axes.barh(list(bars), list(bars.values()))
+    axes.bar_label(container, [f"{speedup:.2f} x" for speedup in bars.values()], padding=4)
     axes.set(title="Speedup on two cores", xlim=(0, 2.2), xticks=(0, 0.5, 1, 1.5, 2))
     axes.set_xlabel("samples per second, relative to 1 process with 1 thread")
     axes.invert_yaxis()
