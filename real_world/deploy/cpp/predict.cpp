@@ -14,7 +14,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <unistd.h>
 
 #include <array>
@@ -23,14 +22,14 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <optional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "package.h"
 
 namespace {
 
@@ -59,34 +58,22 @@ void append(std::string& text, Number value) {
   text.append(digits.data(), result.ptr);
 }
 
-// Loads a package. Its files are deleted as soon as the code is in memory, so that none are left
-// behind, whatever ends this process.
-torch::inductor::AOTIModelPackageLoader load_package(const char* path) {
-  const auto parent = std::filesystem::temp_directory_path();
-  std::string folder = parent / "predict-XXXXXX";
-  if (mkdtemp(folder.data()) == nullptr) {
-    throw std::runtime_error("cannot write to " + parent.string() + ": " + std::strerror(errno));
-  }
-  setenv("TMPDIR", folder.c_str(), 1);  // where the loader unpacks the package
-  struct Cleanup {
-    std::filesystem::path folder;
-    ~Cleanup() {
-      std::error_code ignored;
-      std::filesystem::remove_all(folder, ignored);
-    }
-  } cleanup{folder};
-  return torch::inductor::AOTIModelPackageLoader(path);
-}
-
 class Predictor {
  public:
   explicit Predictor(const char* path)
       : package_(load_package(path)),
-        in_features_(std::stoul(package_.get_metadata().at("in_features"))) {}
+        in_features_(std::stoul(package_->get_metadata().at("in_features"))) {
+    const at::Tensor X = at::zeros({1, static_cast<int64_t>(in_features_)});
+    const at::Tensor logits = package_->run({X}).at(0);
+    if (logits.dim() != 2 || logits.scalar_type() != at::kFloat) {
+      throw std::runtime_error("the model does not return logits");
+    }
+  }
 
   // Adds the sample in a line to the batch, or reports what is wrong with it.
   void add(std::string_view line) {
     ++line_number_;
+    if (line_number_ == 1 && line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);  // UTF-8 BOM
     const size_t size = features_.size();
     const std::string problem = parse(line);
     if (problem.empty()) {
@@ -103,7 +90,7 @@ class Predictor {
     const auto batch = static_cast<int64_t>(line_numbers_.size());
     const auto in_features = static_cast<int64_t>(in_features_);
     const at::Tensor X = at::from_blob(features_.data(), {batch, in_features});
-    const at::Tensor logits = package_.run({X}).at(0);  // (batch, num_classes)
+    const at::Tensor logits = package_->run({X}).at(0);  // (batch, num_classes)
     const at::Tensor probabilities = logits.softmax(1).contiguous();
     const at::Tensor classes = probabilities.argmax(1);
     const auto label = classes.accessor<int64_t, 1>();
@@ -143,7 +130,9 @@ class Predictor {
       const auto [end, error] = std::from_chars(field.data(), field_end, value);
       const bool valid = error == std::errc() && end == field_end;
       if (!valid || !std::isfinite(static_cast<float>(value))) {
-        return "has '" + printable(field) + "', which is not a finite number";
+        if (field.find(';') != std::string_view::npos) return "has semicolons, use commas";
+        const char* hint = line_number_ == 1 ? " (the file must have no header)" : "";
+        return "has '" + printable(field) + "', which is not a finite number" + hint;
       }
       features_.push_back(static_cast<float>(value));
       if (comma == std::string_view::npos) {
@@ -161,13 +150,42 @@ class Predictor {
                  problem.c_str());
   }
 
-  torch::inductor::AOTIModelPackageLoader package_;
+  std::unique_ptr<Package> package_;
   size_t in_features_;
   int64_t line_number_ = 0;
   bool all_valid_ = true;
   std::vector<float> features_;        // of the batch, sample after sample
   std::vector<int64_t> line_numbers_;  // of each sample of the batch
 };
+
+// Classifies standard input; returns the exit status.
+int classify_input(Predictor& predictor) {
+  std::array<char, kReadSize> buffer;
+  std::string input;  // what was read, without the lines that were answered
+  ssize_t count;
+  while ((count = read(STDIN_FILENO, buffer.data(), buffer.size())) > 0) {
+    input.append(buffer.data(), static_cast<size_t>(count));
+    size_t start = 0;
+    for (size_t end; (end = input.find('\n', start)) != std::string::npos; start = end + 1) {
+      predictor.add(std::string_view(input).substr(start, end - start));
+    }
+    input.erase(0, start);
+    predictor.answer();
+    if (std::ferror(stdout)) break;
+    if (input.size() > kMaxLine) {
+      std::fprintf(stderr, "predict: a line is longer than %zu bytes\n", kMaxLine);
+      return 1;
+    }
+  }
+  if (count == 0 && !input.empty()) predictor.add(input);  // the last line may have no end
+  predictor.answer();
+  if (count < 0 || std::ferror(stdout)) {
+    const char* action = count < 0 ? "read the samples" : "write the answers";
+    std::fprintf(stderr, "predict: cannot %s: %s\n", action, std::strerror(errno));
+    return 1;
+  }
+  return predictor.all_valid() ? 0 : 1;
+}
 
 }  // namespace
 
@@ -178,39 +196,11 @@ int main(int argc, char** argv) {
   }
   at::set_num_threads(1);  // a batch is too small for more threads
   const c10::InferenceMode inference_mode;
-  std::optional<Predictor> predictor;
   try {
-    predictor.emplace(argv[1]);
+    Predictor predictor(argv[1]);
+    return classify_input(predictor);
   } catch (const std::exception& error) {
-    const std::string message = error.what();  // continues with a stack trace
-    std::fprintf(stderr, "predict: cannot load %s: %s\n", argv[1],
-                 message.substr(0, message.find('\n')).c_str());
+    std::fprintf(stderr, "predict: cannot use %s: %s\n", argv[1], first_line(error).c_str());
     return 2;
   }
-
-  std::array<char, kReadSize> buffer;
-  std::string input;  // what was read, without the lines that were answered
-  ssize_t count;
-  while ((count = read(STDIN_FILENO, buffer.data(), buffer.size())) > 0) {
-    input.append(buffer.data(), static_cast<size_t>(count));
-    size_t start = 0;
-    for (size_t end; (end = input.find('\n', start)) != std::string::npos; start = end + 1) {
-      predictor->add(std::string_view(input).substr(start, end - start));
-    }
-    input.erase(0, start);
-    predictor->answer();
-    if (std::ferror(stdout)) break;
-    if (input.size() > kMaxLine) {
-      std::fprintf(stderr, "predict: a line is longer than %zu bytes\n", kMaxLine);
-      return 1;
-    }
-  }
-  if (count == 0 && !input.empty()) predictor->add(input);  // the last line may have no end
-  predictor->answer();
-  if (count < 0 || std::ferror(stdout)) {
-    const char* action = count < 0 ? "read the samples" : "write the answers";
-    std::fprintf(stderr, "predict: cannot %s: %s\n", action, std::strerror(errno));
-    return 1;
-  }
-  return predictor->all_valid() ? 0 : 1;
 }

@@ -1,54 +1,30 @@
-"""The deploy example: exported files loaded by other processes, and the C++ program."""
+"""The C++ program: its answers, and what it says to input and packages that are wrong."""
 
 import csv
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from deploy_run import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 
 import lesson_code as lesson
 from real_world.deploy.cpp import to_csv
-from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify
 
+<<<<<<<< HEAD:tests/examples/test_deploy.py
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "real_world.deploy"]
+========
+>>>>>>>> 941b23b (deploy: predict names the cause, and leaves no files behind):tests/deploy/test_deploy_predict.py
 SAMPLE = "0.5,-1.2,0.3,0.8\n"
-
-
-def run(
-    *command: object, input: str = "", env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository; return its status and what it printed."""
-    words = [str(word) for word in command]
-    return subprocess.run(words, cwd=ROOT, input=input, env=env, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory) -> tuple[Path, str]:
-    """Run the example without a checkpoint; return its output folder and what it printed."""
-    folder = tmp_path_factory.mktemp("deployed")
-    done = run(*COMMAND, "--cpp", "--output", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.fullmatch(r"(\[cpuinfo.*\n)*", done.stderr), "nothing but ExecuTorch's log"
-    return folder, done.stdout
-
-
-@pytest.fixture(scope="module")
-def model(deployed) -> lesson.SimpleClassifier:
-    return lesson.load_checkpoint(deployed[0] / "lesson.pt")[0].requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def predict(deployed) -> list[Path]:
-    """Return the command of the C++ program."""
-    return [deployed[0] / "cpp" / "predict", deployed[0] / "lesson.pt2"]
 
 
 def answers(text: str) -> dict[int, tuple[int, list[float]]]:
@@ -57,77 +33,6 @@ def answers(text: str) -> dict[int, tuple[int, list[float]]]:
     return {int(row[0]): (int(row[1]), [float(value) for value in row[2:]]) for row in rows}
 
 
-# %% Formats
-def test_every_format_is_exported_and_verified(deployed):
-    folder, printed = deployed
-    names = [fmt.name for fmt in FORMATS]
-    assert re.findall(r"^  (\S+) +lesson\.", printed, re.MULTILINE) == names
-    assert printed.count("max error") == printed.count(" ok\n") == 5
-    assert "`torch.jit.script` is deprecated. Please switch to `torch.compile`" in printed
-    rows = re.findall(r"^    (\S+)(?: +\d+\.\d +\d+\.\d\d x){3}$", printed, re.MULTILINE)
-    assert rows == ["eager", *names]
-    files = {path.name for path in folder.iterdir()}
-    assert files == {"lesson.pt", "cpp", *(fmt.filename for fmt in FORMATS)}
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-def test_loaded_model_takes_any_batch_size(deployed, model, fmt):
-    counters["inductor"].clear()
-    torch.set_num_threads(1)  # compiled code is cached for a number of threads
-    with torch.inference_mode():
-        forward = fmt.load(deployed[0] / fmt.filename, model)
-        for batch_size in (1, 2, 63, 1024):
-            X = torch.randn(batch_size, 4)
-            torch.testing.assert_close(forward(X), model(X), rtol=0, atol=1e-5)
-    if fmt.name == "torch.compile":
-        assert counters["inductor"]["fxgraph_cache_hit"] > 0
-        assert counters["inductor"]["fxgraph_cache_miss"] == 0
-
-
-@pytest.mark.parametrize("error", [1e-4, float("nan")])
-@pytest.mark.parametrize("batch_size", [1, 64, 1000, 1024])
-def test_one_wrong_logit_at_one_batch_size_fails_the_check(model, tmp_path, batch_size, error):
-    def wrong(batch):
-        logits = model(batch)
-        logits[-1, -1] += error if len(batch) == batch_size else 0
-        return logits
-
-    fmt = ExportFormat("wrong", "", "wrong", lambda _, path: path.touch(), lambda *_: wrong)
-    with pytest.raises(lesson.CheckFailed, match="max error"):
-        export_and_verify(fmt, model, torch.randn(1024, 4), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_formats_that_are_not_available_are_one_line_each(deployed, tmp_path):
-    lesson_pt = tmp_path / "lesson.pt"
-    lesson_pt.write_bytes((deployed[0] / "lesson.pt").read_bytes())
-    (tmp_path / "lesson.pt2").write_text("exported from an earlier model")
-    no_compiler = {**os.environ, "PATH": "/nowhere"}
-    done = run(*COMMAND, "--cpp", "--output", tmp_path, env=no_compiler)
-    assert done.returncode == 1
-    assert done.stderr.endswith("error: the C++ program needs AOTInductor, see above\n")
-    assert done.stdout.count("not available: No working C++ compiler") == 2
-    assert done.stdout.count(" ok\n") == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"lesson.pt", "lesson.ts", "lesson.pte"}
-
-
-EXPORT_COMPILED = """
-import pathlib, sys, torch, lesson_code
-from real_world.deploy.formats import FORMATS, export_and_verify
-model = lesson_code.load_checkpoint(sys.argv[1])[0].requires_grad_(False)
-export_and_verify(FORMATS[1], model, torch.randn(1024, 4), pathlib.Path(sys.argv[2]))
-"""
-
-
-def test_disabled_compiler_cache_is_one_line(deployed, tmp_path):
-    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    script = (sys.executable, "-c", EXPORT_COMPILED)
-    done = run(*script, deployed[0] / "lesson.pt", tmp_path, env=environment)
-    expected = r"  torch.compile +not available: the compiler's cache is disabled .+\n"
-    assert re.fullmatch(expected, done.stdout), done.stderr
-
-
-# %% C++
 def test_cpp_program_links_no_python(predict):
     libraries = [line.split()[0] for line in run("ldd", predict[0]).stdout.splitlines()]
     assert "libtorch_cpu.so" in libraries
@@ -172,6 +77,7 @@ def test_memory_does_not_grow_with_the_input(predict):
         ("1,\x1b[31m,3,4", "has '?[31m', which is not a finite number"),
         ("1,nan,3,4", "has 'nan', which is not a finite number"),
         ("1,2,3,1e39", "has '1e39', which is not a finite number"),
+        ("1;2;3;4", "has semicolons, use commas"),
         ("3e38,3e38,3e38,3e38", "has values so large that the result is not finite"),
     ],
 )
@@ -181,6 +87,15 @@ def test_invalid_line_gets_a_message_and_no_answer(predict, line, message):
     given = answers(done.stdout)
     assert list(given) == [1, 3]
     assert given[1] == given[3]
+
+
+def test_byte_order_mark_windows_line_ends_and_header(predict):
+    expected = answers(run(*predict, input=SAMPLE).stdout)
+    done = run(*predict, input="\ufeff" + SAMPLE.replace("\n", "\r\n"))
+    assert (done.returncode, answers(done.stdout)) == (0, expected)
+    done = run(*predict, input=f"a,b,c,d\n{SAMPLE}")
+    message = "line 1 has 'a', which is not a finite number (the file must have no header)"
+    assert (done.returncode, done.stderr) == (1, f"predict: {message}\n")
 
 
 FIELD = st.one_of(
@@ -223,15 +138,59 @@ def test_answers_do_not_wait_for_the_end_of_the_input(predict):
             assert program.stdout.readline().startswith(f"{line_number},")
 
 
-def test_file_that_is_not_a_package(predict, tmp_path):
-    content = predict[1].read_bytes()
-    torchscript = predict[1].with_suffix(".ts").read_bytes()
-    for wrong in (b"", b"not a package", content[:-1000], torchscript):
-        path = tmp_path / "a package.pt2"
-        path.write_bytes(wrong)
+def altered(package: Path, path: Path, **changes: str) -> Path:
+    """Copy a package to `path`, with other metadata; a value "" removes the entry."""
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            content = old.read(info)
+            if info.filename.endswith("_metadata.json"):
+                metadata = json.loads(content) | changes
+                content = json.dumps({k: v for k, v in metadata.items() if v}).encode()
+            new.writestr(info, content)
+    return path
+
+
+def test_file_that_is_not_a_package_of_the_lesson(predict, tmp_path):
+    path = tmp_path / "a package.pt2"
+    other_model = altered(predict[1], path, in_features="").read_bytes()
+    for content in (b"not a package", predict[1].read_bytes()[:-1000], other_model):
+        path.write_bytes(content)
         done = run(predict[0], path)
         assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(rf"predict: cannot load {path}: .+\n", done.stderr)
+        assert re.fullmatch(rf"predict: cannot use {path}: .+\n", done.stderr)
+    # PyTorch itself also reports that the shapes of the model do not fit.
+    done = run(predict[0], altered(predict[1], path, in_features="5"), input="1,2,3,4,5\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(rf"^predict: cannot use {path}: .+\n\Z", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("mount", "message"),
+    [("noexec", "is mounted noexec"), ("size=100k", "is full"), ("ro", "Read-only file system")],
+)
+def test_temporary_folder_that_cannot_be_used(predict, tmp_path, mount, message):
+    script = f"mount -t tmpfs -o {mount} none {tmp_path} && {predict[0]} {predict[1]}"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = run("unshare", "--map-root-user", "--mount", "sh", "-c", script, env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_while_the_package_is_loaded_leaves_no_files(predict, tmp_path, stop):
+    package = altered(predict[1], tmp_path / "large.pt2")
+    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as archive:  # takes long to unpack
+        archive.writestr("lesson/data/aotinductor/model/zeros", bytes(300_000_000))
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen([predict[0], package], stdin=subprocess.PIPE, env=environment) as program:
+        while not list(folder.iterdir()):
+            assert program.poll() is None
+        program.send_signal(stop)
+        assert program.wait() == -stop
+    assert list(folder.iterdir()) == []
 
 
 def test_full_disk_closed_pipe_and_endless_line(predict, tmp_path):
