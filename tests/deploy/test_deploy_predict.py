@@ -164,6 +164,19 @@ def test_file_that_is_not_a_package_of_the_lesson(predict, tmp_path):
     assert re.search(rf"^predict: cannot use {path}: .+\n\Z", done.stderr, re.MULTILINE)
 
 
+def test_package_runs_on_processors_with_avx2(predict, tmp_path):
+    with zipfile.ZipFile(predict[1]) as archive:
+        names = archive.namelist()
+        metadata = json.loads(archive.read(next(n for n in names if n.endswith("metadata.json"))))
+        library = archive.extract(next(n for n in names if n.endswith(".so")), tmp_path)
+    assert metadata["AOTI_CPU_ISA"] == "AVX2"
+    assert "%zmm" not in run("objdump", "--disassemble", library).stdout, "no AVX-512"
+    newer = altered(predict[1], tmp_path / "newer.pt2", AOTI_CPU_ISA="AVX512 AVX512_4VNNIW")
+    done = run(predict[0], newer)
+    message = f"cannot use {newer}: it needs a processor with AVX512 AVX512_4VNNIW"
+    assert (done.returncode, done.stderr) == (2, f"predict: {message}\n")
+
+
 @pytest.mark.parametrize(
     ("mount", "message"),
     [("noexec", "is mounted noexec"), ("size=100k", "is full"), ("ro", "Read-only file system")],
