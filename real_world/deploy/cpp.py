@@ -17,6 +17,7 @@ from tqdm import tqdm
 import lesson_code as lesson
 from real_world.common import show
 
+CSV_BYTES = 24_000_000
 SOURCE = Path(__file__).parent / "cpp"
 
 
@@ -81,9 +82,15 @@ def check_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> N
     lesson.check("  1,000 samples", f"predict()'s classes, max error {max_error:.1e}", same)
 
 
+def benchmark_csv(in_features: int) -> str:
+    """Return random samples as CSV, about CSV_BYTES for any number of features."""
+    text = to_csv(torch.randn(1000, in_features))
+    return text * max(1, CSV_BYTES // len(text))
+
+
 def measure_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> None:
     """Time the C++ program and the same loop in Python, alternately; print the medians."""
-    text = to_csv(torch.randn(1000, model.fc1.in_features)) * 300
+    text = benchmark_csv(model.fc1.in_features)
     cpp_times, python_times = [], []
     with open(os.devnull, "w") as devnull:
         for _ in tqdm(range(5), "timing C++ and Python", leave=False, disable=None):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lesson_code as lesson
-from real_world.deploy.cpp import to_csv
+from real_world.deploy.cpp import CSV_BYTES, benchmark_csv, to_csv
 
 <<<<<<<< HEAD:tests/examples/test_deploy.py
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +110,11 @@ def is_sample(line: str) -> bool:
     fields = [field.strip() for field in line.split(",")]
     numbers = [field for field in fields if NUMBER.fullmatch(field)]
     return len(fields) == len(numbers) == 4 and all(abs(float(n)) <= 1e30 for n in numbers)
+
+
+def test_benchmark_is_sized_in_bytes():
+    for in_features in (4, 64):
+        assert 0.9 * CSV_BYTES < len(benchmark_csv(in_features)) <= CSV_BYTES
 
 
 @settings(max_examples=20, deadline=None)
