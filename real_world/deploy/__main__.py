@@ -19,6 +19,7 @@ from real_world.common import load_lesson_model, print_heading, run_cli, show
 from real_world.deploy.cpp import build_cpp, check_cpp, measure_cpp
 from real_world.deploy.formats import FORMATS, MAX_BATCH, Forward, export_and_verify
 from real_world.deploy.latency import measure_latency, print_latency
+from real_world.deploy.scratch import scratch_dir
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,11 +35,17 @@ def main(argv: list[str] | None = None) -> None:
         "TorchScript mode compiles models into a portable intermediate representation",
     )
     args.output.mkdir(parents=True, exist_ok=True)
+    with scratch_dir(args.output):
+        deploy(args.output, args.cpp)
+
+
+def deploy(output: Path, cpp: bool) -> None:
+    """Export, verify and time all formats; build and check the C++ program if `cpp`."""
     torch.set_num_threads(1)  # a batch is too small for more threads
     torch._inductor.config.compile_threads = 1  # do not start a pool of compiler processes
     logging.disable(logging.WARNING)  # of the libraries that ExecuTorch imports
 
-    model = load_lesson_model(args.output / "lesson.pt").float().requires_grad_(False).eval()
+    model = load_lesson_model(output / "lesson.pt").float().requires_grad_(False).eval()
     X = torch.randn(MAX_BATCH, model.fc1.in_features, generator=torch.Generator().manual_seed(1))
     models: dict[str, Forward] = {"eager": model}
     with torch.inference_mode():
@@ -46,17 +53,17 @@ def main(argv: list[str] | None = None) -> None:
             for fmt in progress:
                 progress.set_description(f"exporting {fmt.name}")
                 with progress.external_write_mode():
-                    forward = export_and_verify(fmt, model, X, args.output)
+                    forward = export_and_verify(fmt, model, X, output)
                 if forward is not None:
                     models[fmt.name] = forward
         print_latency(measure_latency(models, X))
 
-    if args.cpp:
+    if cpp:
         print()
-        package = args.output / "lesson.pt2"
+        package = output / "lesson.pt2"
         if not package.exists():
             raise lesson.CheckFailed("the C++ program needs AOTInductor, see above")
-        program = build_cpp(args.output)
+        program = build_cpp(output)
         show("C++ program", program)
         check_cpp(program, package, model)
         measure_cpp(program, package, model)

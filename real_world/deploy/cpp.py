@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sysconfig
@@ -16,9 +17,32 @@ from tqdm import tqdm
 
 import lesson_code as lesson
 from real_world.common import show
+from real_world.deploy.formats import first_error
+from real_world.deploy.scratch import temporary_dir
 
 CSV_BYTES = 24_000_000
 SOURCE = Path(__file__).parent / "cpp"
+
+
+def run_build(command: list[str]) -> None:
+    """Run a command of a build. Raises CheckFailed, with the first error, if it fails."""
+    scripts = sysconfig.get_path("scripts")  # where pip installed cmake and ninja
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # ninja and the compiler, too
+            raise
+    if process.returncode != 0:
+        raise lesson.CheckFailed(f"cannot build the C++ program: {first_error(output)}")
 
 
 def build_cpp(output: Path, target: str = "predict") -> Path:
@@ -28,17 +52,12 @@ def build_cpp(output: Path, target: str = "predict") -> Path:
     """
     folder = output / "cpp"
     folder.mkdir(exist_ok=True)
-    scripts = sysconfig.get_path("scripts")  # where pip installed cmake and ninja
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
     torch_dir = Path(torch.__file__).parent
-    configure = ["cmake", "--fresh", "-G", "Ninja", f"-S{SOURCE}", f"-B{folder}"]
-    build = ["cmake", "--build", str(folder), "--target", target]
-    log = folder / "build.log"
-    with log.open("w") as file:
-        for command in ([*configure, f"-DTORCH={torch_dir}"], build):
-            done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            if done.returncode != 0:
-                raise lesson.CheckFailed(f"cannot build the C++ program, see {log}")
+    with temporary_dir(output) as build:
+        configure = ["cmake", "-G", "Ninja", f"-S{SOURCE}", f"-B{build}", f"-DTORCH={torch_dir}"]
+        run_build(configure)
+        run_build(["cmake", "--build", str(build), "--target", target])
+        os.replace(build / target, folder / target)  # atomic: the old one may be running
     return folder / target
 
 

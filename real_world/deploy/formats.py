@@ -4,6 +4,7 @@ The files contain executable code: load only files that you trust.
 """
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -18,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 
 import lesson_code as lesson
 from real_world.common import show
+from real_world.deploy.scratch import temporary_dir
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """From features, (batch, in_features) float32, to logits, (batch, num_classes) float32."""
@@ -153,6 +155,14 @@ FORMATS = (
 )
 
 
+def first_error(output: str) -> str:
+    """Return the first error in the output of a compiler or of CMake."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    compiler = [line for line in lines if "error: " in line]
+    cmake = [f"{a} {b}" for a, b in itertools.pairwise(lines) if a.startswith("CMake Error")]
+    return [*compiler, *cmake, *lines, "it printed nothing"][0]
+
+
 def max_abs_error(forward: Forward, model: Forward, X: torch.Tensor) -> float:
     """Return the largest error of a logit, over X in batches of 1 to MAX_BATCH samples.
 
@@ -178,17 +188,18 @@ def export_and_verify(
     """
     path = output / fmt.filename
     with (
-        tempfile.TemporaryDirectory(dir=output) as folder,
+        temporary_dir(output) as folder,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
-        temporary = Path(folder, fmt.filename)
+        temporary = folder / fmt.filename
         start = time.perf_counter()
         try:
             fmt.export(model, temporary)
         except (ImportError, BackendCompilerFailed, CannotExport) as error:
             path.unlink(missing_ok=True)  # the file of an earlier model
-            reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
+            cause = getattr(error, "inner_exception", error)
+            reason = first_error(getattr(cause, "output", str(cause)))  # a compiler's output
             show(fmt.name, f"not available: {reason}")
             return None
         seconds = time.perf_counter() - start

@@ -2,15 +2,20 @@
 
 import os
 import re
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from deploy_run import COMMAND, run
+from deploy_run import COMMAND, ROOT, run
 from torch._dynamo.utils import counters
 
 import lesson_code as lesson
-from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify
+from real_world.deploy.cpp import run_build
+from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify, first_error
+from real_world.deploy.scratch import remove_abandoned
 
 
 def test_every_format_is_exported_and_verified(deployed):
@@ -53,17 +58,35 @@ def test_one_wrong_logit_at_one_batch_size_fails_the_check(model, tmp_path, batc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_formats_that_are_not_available_are_one_line_each(deployed, tmp_path):
-    lesson_pt = tmp_path / "lesson.pt"
-    lesson_pt.write_bytes((deployed[0] / "lesson.pt").read_bytes())
-    (tmp_path / "lesson.pt2").write_text("exported from an earlier model")
-    no_compiler = {**os.environ, "PATH": "/nowhere"}
-    done = run(*COMMAND, "--cpp", "--output", tmp_path, env=no_compiler)
+FAILING_COMPILER = """#!/bin/sh
+case "$*" in *-version*) echo g++ 12.2.0; exit ;; esac
+echo "a.cpp:7: fatal error: disk full"
+exit 1
+"""
+
+
+def test_formats_that_cannot_be_compiled_are_one_line_each(deployed, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(FAILING_COMPILER)
+    compiler.chmod(0o755)
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "lesson.pt").write_bytes((deployed[0] / "lesson.pt").read_bytes())
+    (output / "lesson.pt2").write_text("exported from an earlier model")
+    environment = {**os.environ, "PATH": f"{tmp_path}:/bin", "CXX": str(compiler)}
+    done = run(*COMMAND, "--cpp", "--output", output, env=environment)
     assert done.returncode == 1
     assert done.stderr.endswith("error: the C++ program needs AOTInductor, see above\n")
-    assert done.stdout.count("not available: No working C++ compiler") == 2
+    assert done.stdout.count("not available: a.cpp:7: fatal error: disk full\n") == 2
     assert done.stdout.count(" ok\n") == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"lesson.pt", "lesson.ts", "lesson.pte"}
+    assert {path.name for path in output.iterdir()} == {"lesson.pt", "lesson.ts", "lesson.pte"}
+
+
+def test_first_error_of_a_build():
+    script = "echo 1/2; echo 'a.cpp:7: error: no such type'; echo 'b.cpp:1: error: other'; exit 1"
+    with pytest.raises(lesson.CheckFailed, match=r": a.cpp:7: error: no such type$"):
+        run_build(["sh", "-c", script])
+    assert first_error("CMake Error at x:\n\n  No compiler") == "CMake Error at x: No compiler"
 
 
 EXPORT_COMPILED = """
@@ -80,3 +103,41 @@ def test_disabled_compiler_cache_is_one_line(deployed, tmp_path):
     done = run(*script, deployed[0] / "lesson.pt", tmp_path, env=environment)
     expected = r"  torch.compile +not available: the compiler's cache is disabled .+\n"
     assert re.fullmatch(expected, done.stdout), done.stderr
+
+
+# %% Interrupted runs, and two at a time
+SCRATCH = """
+import pathlib, signal, sys, tempfile
+from real_world.deploy.scratch import scratch_dir
+with scratch_dir(pathlib.Path(sys.argv[1])):
+    print(tempfile.mkdtemp(), flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_killed_run_leaves_no_temporary_files(tmp_path, stop):
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", SCRATCH, tmp_path]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    with start() as run, start() as other:
+        folders = [Path(process.stdout.readline().decode().strip()) for process in (run, other)]
+        assert all(folder.is_relative_to(tmp_path) for folder in folders)
+        run.send_signal(stop)
+        assert run.wait() != 0
+        if stop == signal.SIGKILL:
+            remove_abandoned(tmp_path)  # as the next run does
+        assert list(tmp_path.iterdir()) == [folders[1].parent], "that of the other run"
+        other.terminate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_builds_at_a_time(tmp_path):
+    script = (
+        "import sys; from real_world.deploy.cpp import *; build_cpp(Path(sys.argv[1]), 'latency')"
+    )
+    command = [sys.executable, "-c", script, tmp_path]
+    builds = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [build.wait() for build in builds] == [0, 0]
+    assert [path.name for path in (tmp_path / "cpp").iterdir()] == ["latency"]

@@ -1,0 +1,66 @@
+"""Temporary folders that are deleted whatever ends the run."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = ".deploy-"
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Lock a folder; the end of the process unlocks it. Raises BlockingIOError if it is locked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def temporary_dir(output: Path) -> Iterator[Path]:
+    """Create a folder in `output`, from where a file can be moved to `output` atomically."""
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=PREFIX, dir=output.resolve(), ignore_cleanup_errors=True
+        ) as folder,
+        lock(Path(folder)),
+    ):
+        yield Path(folder)
+
+
+def remove_abandoned(output: Path) -> None:
+    """Remove the temporary folders of processes that were killed: they are not locked."""
+    for folder in output.glob(f"{PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_dir(output: Path) -> Iterator[None]:
+    """Keep the temporary files of a run, also those of compilers and libraries, in `output`.
+
+    /tmp may be full, read-only or mounted noexec, and exported code has to be executed. SIGTERM
+    and SIGHUP end the run as Ctrl-C does, after the files are deleted.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
+    remove_abandoned(output)
+    with temporary_dir(output) as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ["TMPDIR"]
+            tempfile.tempdir = None
