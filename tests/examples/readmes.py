@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[\d,.]*\d(e[-+]?\d+)?")
 
 def mask(text: str) -> list[str]:
     """Return lines without numbers and paths, which differ from run to run, and without spaces."""
-    lines = [re.sub(r"\S*/(?=\w+\.\w+)|\S*checkpoints\S*", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"\S*/\S*", "", line) for line in text.splitlines()]
     return [re.sub(r"[\s-]+", " ", NUMBER.sub("#", line)).strip() for line in lines]
 
 

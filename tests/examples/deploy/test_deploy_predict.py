@@ -12,19 +12,68 @@ from pathlib import Path
 
 import pytest
 import torch
-from deploy_run import run
+from deploy_run import ROOT, run, run_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from readmes import REAL_WORLD, assert_transcript
 
 import lesson_code as lesson
 from real_world.deploy.cpp import CSV_BYTES, benchmark_csv, to_csv
 
-<<<<<<<< HEAD:tests/examples/test_deploy.py
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "real_world.deploy"]
-========
->>>>>>>> 941b23b (deploy: predict names the cause, and leaves no files behind):tests/deploy/test_deploy_predict.py
 SAMPLE = "0.5,-1.2,0.3,0.8\n"
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory) -> tuple[Path, str]:
+    """Run the example with --cpp; return its output folder and what it printed."""
+    folder = tmp_path_factory.mktemp("deployed")
+    return folder, run_example(folder, "--cpp")
+
+
+@pytest.fixture(scope="module")
+def model(deployed) -> lesson.SimpleClassifier:
+    return lesson.load_checkpoint(deployed[0] / "lesson.pt")[0]
+
+
+@pytest.fixture(scope="module")
+def predict(deployed) -> list[Path]:
+    """Return the command of the C++ program."""
+    return [deployed[0] / "cpp" / "predict", deployed[0] / "lesson.pt2"]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\b0\.\d{6,}", text)]
+
+
+def test_from_training_to_an_answer(deployed):
+    """The lines of the index: C++ and HTTP give the same answer, the one that it shows."""
+    folder, _ = deployed
+    index = (REAL_WORLD / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n(.*?)```", index, re.DOTALL)
+    lines = re.findall(r"^\$ (?:\./setup\.sh )?(?:--all )?(.+)$", "".join(blocks), re.MULTILINE)
+    lesson_line, deploy, predict, serve, curl = lines
+    assert lesson_line == "python lesson_code.py"  # its checkpoint is the one that deploy trains
+    assert deploy == "python -m real_world.deploy --cpp"
+    answer = run("sh", "-c", predict.replace("checkpoints", str(folder))).stdout
+    assert numbers(answer) == pytest.approx(numbers(blocks[0]), abs=1e-5)
+
+    assert serve == "python -m real_world.serve"
+    options = ["--port", "0", "--checkpoint", folder / "lesson.pt"]
+    command = [sys.executable, "-m", "real_world.serve", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            printed = iter(server.stdout.readline, "")
+            address = next(re.search(r"//([\d.:]+)", line) for line in printed if "//" in line)
+            response = run("sh", "-c", curl.replace("localhost:8000", address[1])).stdout
+        finally:
+            server.terminate()
+    assert numbers(response) == pytest.approx(numbers(blocks[1]), abs=1e-5)
+    assert numbers(response) == pytest.approx(numbers(answer), abs=1e-5)
+
+
+def test_readme(deployed):
+    printed = re.sub(r"  no checkpoint yet.*\n", "", deployed[1])  # the README begins with one
+    assert_transcript("deploy", printed)
 
 
 def answers(text: str) -> dict[int, tuple[int, list[float]]]:
