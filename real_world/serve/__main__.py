@@ -1,94 +1,150 @@
 """The article's data flow as a service: the lesson's model behind HTTP.
 
-python -m real_world.serve [--port 8000] [--workers 2] [--device cuda]
-curl localhost:8000/predict --data '{"features": [[0.5, -1.2, 0.3, 0.8]]}'
+    python -m real_world.serve [--port 8000] [--workers 2] [--device cuda]
+    curl localhost:8000/predict --data '{"features": [[0.5, -1.2, 0.3, 0.8]]}'
 
-API Request -> Preprocessing -> Tensor Batch -> PyTorch Model
-    -> Logits -> Postprocessing -> Response
+    API Request -> Preprocessing -> Tensor Batch -> PyTorch Model
+        -> Logits -> Postprocessing -> Response
+
+Granian (Rust) has the processes, sockets and HTTP. Each of its workers runs the application.
 """
 
 import functools
+import ipaddress
+import multiprocessing
 import os
-import tempfile
+import pickle
+import resource
+import signal
+import socket
+import threading
 from pathlib import Path
+from types import FrameType
 
-import uvicorn
+from granian import Granian
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from prometheus_client import CollectorRegistry, start_http_server
 
 import lesson_code as lesson
-from real_world.common import (
-    bounded_int,
-    load_lesson_model,
-    make_parser,
-    print_heading,
-    run_cli,
-    show,
-)
-from real_world.serve.model import BACKENDS, ServerConfig, load_and_warm_up
+from real_world import common
+from real_world.common import bounded_int, show
+from real_world.serve.load import load_app
+from real_world.serve.metrics import Totals
+from real_world.serve.monitor import Monitor, announce
 
 DEFAULT_CHECKPOINT = lesson.OUTPUT / "lesson.pt"
 
 
-def serve(config: ServerConfig, host: str, port: int, workers: int) -> None:
-    """Serve a model until SIGTERM or Ctrl-C.
+def cpu_count() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    Raises OSError if it cannot listen, CheckFailed if no worker starts.
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Bind a port (a free one if it is 0), so that only this service's workers can share it.
+
+    Raises OSError if it is in use. Keep the socket, which does not listen, until the service ends.
     """
-    with tempfile.TemporaryDirectory(prefix="lesson-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # read when the metrics are imported
-        from real_world.serve.app import create_app
-        from real_world.serve.supervisor import Supervisor, announce, reserve_port
-
-        with reserve_port(host, port) as port:
-            uvicorn_config = uvicorn.Config(
-                functools.partial(create_app, config),
-                factory=True,
-                host=host,
-                port=port,
-                workers=workers,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=5,  # seconds, for a client that does not finish
-                timeout_worker_healthcheck=30,  # a worker may take that long to import PyTorch
-            )
-            supervisor = Supervisor(uvicorn_config, [])
-            supervisor.run()
-    if any(worker.exitcode == uvicorn.config.STARTUP_FAILURE for worker in supervisor.processes):
-        raise lesson.CheckFailed("a worker could not start, see above")
-    announce("stopped", "all workers have ended")
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reserved.bind((host, port))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{host} port {port}") from None
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return reserved
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("serve", "The lesson's model behind HTTP.")
+    parser = common.make_parser("serve", "The lesson's model behind HTTP.")
     add = parser.add_argument
+    ip = ipaddress.ip_address
+    port = bounded_int(0, 65535)
     add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT)
-    add("--host", default="127.0.0.1", help="default: 127.0.0.1, this computer only")
-    add("--port", metavar="N", type=bounded_int(0, 65535), default=8000, help="0: any free port")
-    workers = bounded_int(1, 1000)
-    add("--workers", metavar="N", type=workers, default=os.cpu_count(), help="default: CPU cores")
-    add("--backend", choices=BACKENDS, default="eager", help="default: eager")
+    add("--host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
+    add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0: any free port")
+    add("--metrics-port", metavar="N", type=port, help="default: 8002, or any with --port 0")
+    add("--workers", metavar="N", type=bounded_int(1, 1000), help="default: CPU cores")
+    add("--backend", choices=["eager", "torchscript", "compile"], default="eager")
     timeout = "how long a batch waits for more requests (default: 0)"
     add("--batch-timeout-ms", metavar="N", type=bounded_int(0, 2000), default=0, help=timeout)
+    parser.set_defaults(workers=cpu_count())
     args = parser.parse_args(argv)
-    print_heading(
+    common.print_heading(
         "Serve: the lesson's model behind HTTP",
         "API Request -> Preprocessing -> Tensor Batch -> PyTorch Model (GPU) -> Logits -> ...",
     )
     if args.checkpoint != DEFAULT_CHECKPOINT and not args.checkpoint.exists():
         raise lesson.CheckpointError(f"there is no {args.checkpoint}")
-    model = load_lesson_model(args.checkpoint).requires_grad_(False)
-    config = ServerConfig(model, args.backend, args.device, args.batch_timeout_ms / 1000)
-    if args.backend == "compile":  # once, for all workers: they use the compiler's cache
-        from torch._dynamo.exc import BackendCompilerFailed
-
-        try:
-            load_and_warm_up(config)
-        except BackendCompilerFailed as error:
-            reason = str(error.inner_exception).splitlines()[0]
-            raise lesson.CheckFailed(f"--backend compile failed: {reason}") from None
+    model = common.load_lesson_model(args.checkpoint).requires_grad_(False)
     show("model", f"{args.checkpoint}, {args.backend}, on {args.device}")
-    serve(config, args.host, args.port, args.workers)
+
+    host = str(args.host)
+    url = f"http://[{host}]" if ":" in host else f"http://{host}"
+    reserved_port = reserve_port(host, args.port)
+    if args.metrics_port is None:
+        args.metrics_port = 8002 if args.port else 0
+    reserve_port(host, args.metrics_port).close()
+    registry = CollectorRegistry()
+    registry.register(Totals())
+    metrics_server, _ = start_http_server(args.metrics_port, host, registry)
+    show("metrics", f"GET /metrics on port {metrics_server.server_port}")
+
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # one per connection
+    multiprocessing.set_start_method("spawn")  # a fork could not use CUDA
+    address, port, *_ = reserved_port.getsockname()
+    monitor = Monitor(args.workers, f"{url}:{port}")
+    server = Granian(
+        "serve",
+        address=address,
+        port=port,
+        interface=Interfaces.ASGI,
+        http=HTTPModes.http1,
+        websockets=False,
+        workers=args.workers,
+        backlog=4096,  # connections that wait to be accepted
+        backpressure=10_000,  # connections per worker
+        http1_settings=HTTP1Settings(header_read_timeout=30_000, max_buffer_size=2**16),
+        log_level=LogLevels.warning,
+        respawn_failed_workers=True,
+        workers_kill_timeout=5,  # seconds
+    )
+
+    @server.on_startup
+    def start_monitor() -> None:
+        interrupt = signal.getsignal(signal.SIGTERM)
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            monitor.stopping = True
+            interrupt(signum, frame)  # type: ignore[operator,misc]
+
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, stop)
+        threading.Thread(target=monitor.run, daemon=True).start()
+
+    load = functools.partial(
+        load_app,
+        monitor.reports,
+        pickle.dumps(model),  # bytes: multiprocessing would pass tensors in shared files
+        args.backend,
+        str(args.device),
+        args.batch_timeout_ms / 1000,
+    )
+    try:
+        server.serve(target_loader=load, wrap_loader=False)
+    finally:  # if the supervisor fails, its workers must not go on
+        for child in multiprocessing.active_children():
+            child.kill()
+    if monitor.failed:
+        raise lesson.CheckFailed("too many workers died, see above")
+    announce("stopped", "all workers have ended")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    common.run_cli(main)

@@ -1,18 +1,14 @@
-"""JSON to features, probabilities to JSON: what a request and a response look like."""
+"""JSON to features, probabilities to JSON, and the OpenAPI description of both."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec  # JSON and its schema in one pass
+import msgspec  # decodes, validates, encodes and describes JSON
 import numpy as np
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
-
-from real_world.serve.metrics import HTTP_ERRORS
 
 MAX_BATCH_ROWS = 1024  # of a request, and of the requests that share a batch
 MAX_ABS_VALUE = 1e30  # of a feature: the sums of larger values overflow float32
-MAX_BODY_BYTES = 2**18  # 1,024 rows of four long decimals take a third
+MAX_BYTES_PER_VALUE = 64  # of JSON: 25 for the longest float64, the rest for white space
 
 
 class Prediction(msgspec.Struct, forbid_unknown_fields=True):
@@ -23,19 +19,27 @@ class Prediction(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Predictions(msgspec.Struct, forbid_unknown_fields=True):
-    """The response: one prediction per row, in order."""
+    """One prediction per row, in order."""
 
     predictions: list[Prediction]
 
 
+class Status(msgspec.Struct, forbid_unknown_fields=True):
+    """What runs in a worker that is ready."""
+
+    status: str
+    backend: str
+    device: str
+
+
 class Error(msgspec.Struct, forbid_unknown_fields=True):
-    """The response to a request that is rejected."""
+    """Why a request was rejected."""
 
     error: str
 
 
 def features_type(in_features: int) -> type[msgspec.Struct]:
-    """Return the type of a request's body: 1 to MAX_BATCH_ROWS rows of `in_features` values."""
+    """Return the type of a request: 1 to MAX_BATCH_ROWS rows of `in_features` values."""
     value = Annotated[float, msgspec.Meta(ge=-MAX_ABS_VALUE, le=MAX_ABS_VALUE)]
     row = Annotated[list[value], msgspec.Meta(min_length=in_features, max_length=in_features)]  # type: ignore[valid-type]
     rows = Annotated[list[row], msgspec.Meta(min_length=1, max_length=MAX_BATCH_ROWS)]  # type: ignore[valid-type]
@@ -43,14 +47,12 @@ def features_type(in_features: int) -> type[msgspec.Struct]:
 
 
 def preprocess(body: bytes, decoder: msgspec.json.Decoder) -> np.ndarray:
-    """Return the features of a request, (rows, in_features) float32.
-
-    Raises HTTPException with status 400 or 422 if the body is not valid.
-    """
+    """Return the features of a request, (rows, in_features) float32."""
     try:
         return np.array(decoder.decode(body).features, dtype=np.float32)
     except msgspec.ValidationError as error:
-        raise HTTPException(422, f"invalid features, see /openapi.json: {error}") from None
+        message = str(error)[:200]  # it can contain a key of the request, however long
+        raise HTTPException(422, f"invalid features, see /openapi.json: {message}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
 
@@ -62,48 +64,33 @@ def postprocess(probabilities: np.ndarray) -> bytes:
     return msgspec.json.encode(predictions) + b"\n"
 
 
-def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a response with an error message, and count it."""
-    HTTP_ERRORS.labels(status).inc()
-    content = msgspec.json.encode(Error(message)) + b"\n"
-    return Response(content, status, headers, "application/json")
-
-
 def openapi_schema(in_features: int) -> dict[str, Any]:
     """Return the OpenAPI description, from the types that are decoded and encoded."""
-    (features, predictions, error), components = msgspec.json.schema_components(
-        [features_type(in_features), Predictions, Error],
+    (features, predictions, status, error), components = msgspec.json.schema_components(
+        [features_type(in_features), Predictions, Status, Error],
         ref_template="#/components/schemas/{name}",
     )
 
-    def content(schema: dict, media_type: str = "application/json") -> dict:
-        return {"content": {media_type: {"schema": schema}}}
-
-    def get(summary: str, schema: dict, media_type: str = "application/json") -> dict:
-        response = {"description": summary, **content(schema, media_type)}
-        return {"get": {"summary": summary, "responses": {"200": response}}}
+    def response(description: str, schema: dict) -> dict:
+        return {"description": description, "content": {"application/json": {"schema": schema}}}
 
     predict = {
-        "summary": "The class and the probabilities of every row, in order",
-        "requestBody": {"required": True, **content(features)},
+        "requestBody": {"required": True, **response("One row per sample", features)},
         "responses": {
-            "200": {"description": "One prediction per row", **content(predictions)},
-            "400": {"description": "Not JSON", **content(error)},
-            "413": {"description": "Body too large", **content(error)},
-            "422": {"description": "JSON, but not features of this model", **content(error)},
+            "200": response("One prediction per row", predictions),
+            "400": response("Not JSON", error),
+            "408": response("The body did not arrive in time", error),
+            "413": response("Body too large", error),
+            "422": response("JSON, but not features of this model", error),
         },
     }
-    status = {"type": "object", "required": ["status"]}
-    ready = {"type": "object", "required": ["status", "backend", "device"]}
+    ready = {"responses": {"200": response("The worker is ready", status)}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "The lesson's model", "version": "1"},
         "components": {"schemas": components},
         "paths": {
             "/predict": {"post": predict},
-            "/live": get("Liveness", status),
-            "/ready": get("Readiness", ready),
-            "/metrics": get("Metrics for Prometheus", {"type": "string"}, "text/plain"),
-            "/openapi.json": get("This description", {"type": "object"}),
+            "/ready": {"get": ready},
         },
     }
