@@ -3,7 +3,7 @@
 #
 #   ./setup.sh                          install what the lesson needs (requirements.txt)
 #   ./setup.sh --all                    and what real_world/ needs
-#   ./setup.sh python lesson_code.py    the same, then run that command and return its exit status
+#   ./setup.sh python lesson_code.py    install what the lesson needs, then run a command in .venv
 #
 # PYTHON=/path/to/python3.12 ./setup.sh chooses the Python for .venv.
 set -euo pipefail
@@ -31,16 +31,18 @@ up_to_date() {
 }
 
 find_python() {
-  local python candidates=(python3 python3.{15,14,13,12,11,10} python)
+  local python range="3.10 to 3.15" versions="(3, 10) <= sys.version_info < (3, 16)"
+  [ "${#files[@]}" -eq 1 ] || range="3.11 to 3.14 for --all" versions="(3, 11) <= sys.version_info < (3, 15)"
+  local candidates=(python3 python3.{15,14,13,12,11,10} python)
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for python in "${candidates[@]}"; do
-    if "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 16))' 2>/dev/null; then
+    if "$python" -c "import sys; sys.exit(not $versions)" 2>/dev/null; then
       printf '%s' "$python"
       return
     fi
   done
   python=${candidates[0]}
-  fail "needs Python 3.10 to 3.15, but finds $("$python" --version 2>&1 || true); install one or name it: PYTHON=python3.12 ./setup.sh"
+  fail "needs Python $range, but finds $("$python" --version 2>&1 || true); install one or name it: PYTHON=python3.12 ./setup.sh"
 }
 
 make_venv() {
@@ -76,12 +78,12 @@ install() {
       say "$cpu_index cannot be reached: taking PyTorch from PyPI, which may download 3 GB"
     fi
   fi
-  for file in "${files[@]}"; do arguments+=(-r "$here/$file"); done
+  for file in "${files[@]}"; do [[ $file == *constraints.txt ]] || arguments+=(-r "$here/$file"); done
   pip_install "${arguments[@]}"
   # shellcheck disable=SC2046 # one word per package
   "$python" -Ic 'import sys; [__import__(name) for name in sys.argv[1:]]' \
     $(sed -n 's/==.*//p' "$here/requirements.txt") ||
-    fail "what pip installed cannot be imported: does 'pip config list' name another place?"
+    fail "the installed packages cannot be imported: if 'pip config list' shows a target or prefix, remove it"
   for file in "${files[@]}"; do cp -- "$here/$file" "$installed/${file//\//-}"; done
   identity >"$installed/identity"
 }
@@ -107,7 +109,7 @@ set_up() {
 
 files=(requirements.txt)
 case ${1-} in
-  --all) files+=(real_world/requirements.txt) && shift ;;
+  --all) files+=(real_world/requirements.txt real_world/constraints.txt) && shift ;;
   --help | -h) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" && exit ;;
   -*) fail "unknown option $1: use --all, --help or a command to run" 2 ;;
 esac

@@ -1,4 +1,4 @@
-"""What every example uses: its command line, its output files, and progress while it trains."""
+"""What several examples share: options, output, progress, and how they end."""
 
 import argparse
 import errno
@@ -67,7 +67,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except (lesson.CheckFailed, lesson.CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno != errno.ENOSPC:  # a bug, not a wrong path
             raise
         sys.exit(f"error: {error}")
 
@@ -84,6 +84,16 @@ def train_progress(title: str, steps: int) -> Callable[[int, torch.Tensor], None
             bar.close()
 
     return on_step
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file. A crash while writing leaves the old file as it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_lesson_model(path: Path) -> lesson.SimpleClassifier:

@@ -30,7 +30,7 @@ README_OF = {  # entry: the example whose README shows its table
     "cuda": "benchmark",
 }
 PACKAGES = ["torch", "tensorflow-cpu", "tensorflow", "keras", "jax", "scikit-learn", "numpy"]
-PACKAGES += ["executorch", "onnxruntime", "uvicorn", "fastapi", "transformers"]
+PACKAGES += ["executorch", "onnxruntime", "granian", "uvicorn", "fastapi", "transformers"]
 
 T = TypeVar("T")
 Stats = dict[str, float]  # median, min and max
@@ -145,9 +145,9 @@ def format_ratio(value: float, baseline: float) -> str:
     return f"{value / baseline:.2f} x"
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return a table whose first `left` columns are aligned left, and the others right."""
-    rule = ["---" if column < left else "---:" for column in range(len(header))]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column is aligned left, and the others right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 

@@ -1,6 +1,6 @@
 """The lesson's checkpoint in four formats that run without eager PyTorch, or without Python.
 
-    python -m real_world.deploy          export, verify and time four formats
+    python -m real_world.deploy          export four formats, load and verify each
     python -m real_world.deploy --cpp    then build and check a C++ program that uses one of them
 
 The article's "Component Architecture" names TorchScript and torch.compile. TorchScript is now
@@ -17,8 +17,7 @@ from tqdm import tqdm
 import lesson_code as lesson
 from real_world.common import load_lesson_model, print_heading, run_cli, show
 from real_world.deploy.cpp import build_cpp, check_cpp, measure_cpp
-from real_world.deploy.formats import FORMATS, MAX_BATCH, Forward, export_and_verify
-from real_world.deploy.latency import measure_latency, print_latency
+from real_world.deploy.formats import FORMATS, MAX_BATCH, export_and_verify
 from real_world.deploy.scratch import scratch_dir
 
 
@@ -40,23 +39,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def deploy(output: Path, cpp: bool) -> None:
-    """Export, verify and time all formats; build and check the C++ program if `cpp`."""
+    """Export and verify all formats; build and check the C++ program if `cpp`."""
     torch.set_num_threads(1)  # a batch is too small for more threads
     torch._inductor.config.compile_threads = 1  # do not start a pool of compiler processes
     logging.disable(logging.WARNING)  # of the libraries that ExecuTorch imports
 
     model = load_lesson_model(output / "lesson.pt").float().requires_grad_(False).eval()
     X = torch.randn(MAX_BATCH, model.fc1.in_features, generator=torch.Generator().manual_seed(1))
-    models: dict[str, Forward] = {"eager": model}
-    with torch.inference_mode():
-        with tqdm(FORMATS, leave=False, disable=None) as progress:
-            for fmt in progress:
-                progress.set_description(f"exporting {fmt.name}")
-                with progress.external_write_mode():
-                    forward = export_and_verify(fmt, model, X, output)
-                if forward is not None:
-                    models[fmt.name] = forward
-        print_latency(measure_latency(models, X))
+    with torch.inference_mode(), tqdm(FORMATS, leave=False, disable=None) as progress:
+        for fmt in progress:
+            progress.set_description(f"exporting {fmt.name}")
+            with progress.external_write_mode():
+                export_and_verify(fmt, model, X, output)
 
     if cpp:
         print()

@@ -86,9 +86,9 @@ def predict_in_python(model: torch.nn.Module, lines: TextIO, output: TextIO) -> 
     while rows := list(itertools.islice(reader, 2000)):  # about the batches of the C++ program
         X = torch.tensor([[float(value) for value in row] for row in rows])
         classes, probabilities = lesson.predict(model, X)
-        for label, row in zip(classes.tolist(), probabilities.tolist(), strict=True):
+        for label, row in zip(classes.tolist(), probabilities.numpy(), strict=True):
             number += 1
-            output.write(f"{number},{label},{','.join(map(repr, row))}\n")
+            output.write(f"{number},{label},{','.join(map(str, row))}\n")
 
 
 def check_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> None:

@@ -1,4 +1,4 @@
-"""Temporary folders that are deleted whatever ends the run."""
+"""Temporary folders: deleted at the end of a run, or after SIGKILL by the next run."""
 
 import contextlib
 import fcntl

@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     train_set = TensorDataset(digits.X_train, digits.y_train)
     shuffle = torch.Generator().manual_seed(args.seed)
     loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
-    show("images of 8 x 8 pixels", " + ".join(str(len(y)) for y in digits[1::2]))
+    sizes = f"{len(digits.y_train):,}, {len(digits.y_validation)} and {len(digits.y_test)} images"
+    show("training, validation, test", sizes)
     show("steps per epoch", f"{len(loader)}, with mini-batches of {args.batch_size}")
 
     print("\n  epoch    training loss    validation loss    validation accuracy")
@@ -53,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     best = validation_losses.index(min(validation_losses))
     print()
     show("lowest validation loss", f"{validation_losses[best]:.4f}, after epoch {best + 1}")
-    if best + 1 < args.epochs:
-        show("then the model overfits", f"validation loss {validation_losses[-1]:.4f} at the end")
+    show("validation loss at the end", f"{validation_losses[-1]:.4f}")
     _, train_accuracy = lesson.evaluate(model, digits.X_train, digits.y_train)
     _, test_accuracy = lesson.evaluate(model, digits.X_test, digits.y_test)
     show("training accuracy", f"{train_accuracy:.1%}")

@@ -25,7 +25,7 @@ class Digits(NamedTuple):
 
 
 def load_digits(seed: int = 0, device: torch.device | str = "cpu") -> Digits:
-    """Return the digits, split at random into 1,257 for training, 180 and 360."""
+    """Return the digits, split at random: 1,257 for training, 180 to validate, 360 to test."""
     from sklearn import datasets  # imported only here: it takes a second
 
     bunch = datasets.load_digits()

@@ -64,13 +64,13 @@ def measure_step(
 
 
 def measure_steps(seed: int, device: torch.device) -> list[StepCost]:
-    """Time a training step of the lesson's model on the digits, and of a small Llama."""
+    """Time a training step of the digits' model and of a small Llama."""
     digits = load_digits(seed, device)
     model, _ = build_model(seed, device)
     criterion = nn.CrossEntropyLoss()
-    lesson_cost = measure_step("lesson's model", model, digits.X_train, digits.y_train, criterion)
+    digits_cost = measure_step("digits' model", model, digits.X_train, digits.y_train, criterion)
     llama = Llama(LLAMA_TINY).to(device)
     text = load_corpus().to(device)
     X, y = next(iter(RandomWindows(text, BATCH_SIZE, CONTEXT_LENGTH, steps=1, seed=seed)))
     llama_cost = measure_step("small Llama", llama, X, y, next_token_loss)
-    return [lesson_cost, llama_cost]
+    return [digits_cost, llama_cost]

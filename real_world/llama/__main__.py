@@ -5,8 +5,8 @@
     python -m real_world.llama --prompt "A class" --weights DIR    with a Llama from Hugging Face
 
 The article: "Every production PyTorch model, from a two-layer classifier to a 70-billion-parameter
-language model, follows this exact same pattern." This is that language model; only the sizes in its
-configuration are smaller.
+language model, follows this exact same pattern." This is that language model: its sizes are
+smaller, its tokens are bytes, and lm_head shares the weights of the embedding.
 """
 
 import argparse
@@ -44,9 +44,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.weights and args.prompt is None:
         parser.error("--weights requires --prompt")
     if not 0 <= args.temperature < math.inf:
-        parser.error("argument --temperature: must be a number from 0")
+        parser.error("argument --temperature: must be a finite number, at least 0")
     if not 0 < args.top_p <= 1:
-        parser.error("argument --top-p: must be a number between 0 and 1")
+        parser.error("argument --top-p: must be above 0 and at most 1")
     if args.prompt == "":
         parser.error("argument --prompt: must not be empty")
     return args
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
     """Print a prompt and what a model from a folder generates after it."""
     folder = args.weights or args.output / "llama"
-    if not args.weights and not folder.exists():
+    if not args.weights and not (folder / "config.json").exists():
         message = f"no trained model in {folder}; 'python -m real_world.llama' trains one"
         raise lesson.CheckpointError(message)
     model = load_pretrained(folder, args.device)
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         "from a two-layer classifier to a 70-billion-parameter language model",
     )
     folder = args.output / "llama"
-    folder.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     show("parameters", f"{num_parameters(LLAMA_TINY):,}")
 
     print("\n  Compared with transformers' LlamaForCausalLM, with the same random weights")

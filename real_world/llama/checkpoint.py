@@ -5,7 +5,6 @@ Safetensors files hold tensors only; unlike pickles, they cannot run code when t
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lesson_code import CheckpointError
+from real_world.common import atomic_write
 from real_world.llama.config import LlamaConfig, RopeScaling
 from real_world.llama.model import Llama
 
@@ -82,8 +82,13 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
         OSError: a file is missing.
     """
     folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        config = read_config(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the configuration of a Llama: {error!r}") from None
     with torch.device("meta"):  # shapes only: no memory, no random weights
-        model = Llama(read_config(folder / "config.json"))
+        model = Llama(config)
     paths = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
     if not paths:
         message = "pickled weights (.bin, .pth), which can run code, are not supported"
@@ -118,13 +123,3 @@ def save_pretrained(model: Llama, folder: Path | str) -> None:
     atomic_write(folder / "model.safetensors", save(state_dict, metadata={"format": "pt"}))
     config = json.dumps(config_to_dict(model.config), indent=2)
     atomic_write(folder / "config.json", f"{config}\n".encode())
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file. A crash while writing leaves the old file as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

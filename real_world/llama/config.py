@@ -1,4 +1,4 @@
-"""Llama's configuration, by the names in Hugging Face's config.json."""
+"""Llama's configuration, with the names of Hugging Face's config.json (but eos_token_ids)."""
 
 from dataclasses import dataclass, replace
 
@@ -8,14 +8,14 @@ class RopeScaling:
     """How Llama 3.1 extends its rotary embedding to longer contexts than it was trained on."""
 
     factor: float  # by which low frequencies are divided
-    low_freq_factor: float  # low: fewer rotations than this in the original context
-    high_freq_factor: float  # high, and not changed: more rotations than this
+    low_freq_factor: float  # fewer rotations than this in the original context: divided by factor
+    high_freq_factor: float  # more rotations than this: not changed
     original_max_position_embeddings: int  # length of the original context
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The sizes of a Llama, in which models of the family differ."""
+    """What differs between the models of the Llama family."""
 
     vocab_size: int  # number of different tokens
     hidden_size: int  # width of the residual stream

@@ -48,9 +48,9 @@ class RandomWindows(IterableDataset):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield `steps` batches."""
         offsets = torch.arange(self.context_length + 1)
-        last_start = len(self.text) - self.context_length
+        num_starts = len(self.text) - self.context_length
         for _ in range(self.steps):
-            starts = torch.randint(last_start, (self.batch_size, 1), generator=self.generator)
+            starts = torch.randint(num_starts, (self.batch_size, 1), generator=self.generator)
             windows = self.text[starts + offsets].long()  # (batch_size, context_length + 1)
             yield windows[:, :-1], windows[:, 1:]
 

@@ -75,7 +75,8 @@ class KVCache:
 class Attention(nn.Module):
     """Causal grouped-query attention: several query heads share one key and one value head.
 
-    J. Ainslie et al., "GQA", 2023. It makes the KV cache smaller, which has only the latter.
+    J. Ainslie et al., "GQA", 2023. The KV cache holds only key and value heads, so fewer of them
+    make it smaller.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

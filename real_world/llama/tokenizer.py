@@ -23,7 +23,10 @@ class HuggingFaceTokenizer:
     """The tokenizer of a model from Hugging Face, from its tokenizer.json."""
 
     def __init__(self, path: Path) -> None:
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises no narrower one
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, after the special tokens that the model expects."""

@@ -27,10 +27,10 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
     )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+    lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    return optimizer, scheduler
+    return optimizer, lr_scheduler
 
 
 def train_llama(model: Llama, text: torch.Tensor, steps: int, seed: int) -> list[float]:
@@ -39,12 +39,12 @@ def train_llama(model: Llama, text: torch.Tensor, steps: int, seed: int) -> list
     loader = DataLoader(
         RandomWindows(text, BATCH_SIZE, CONTEXT_LENGTH, steps, seed), batch_size=None
     )
-    optimizer, scheduler = make_optimizer(model, steps)
-    progress = train_progress("llama", steps)
+    optimizer, lr_scheduler = make_optimizer(model, steps)
+    show_progress = train_progress("llama", steps)
 
     def on_step(step: int, loss: torch.Tensor) -> None:
-        scheduler.step()
-        progress(step, loss)
+        lr_scheduler.step()
+        show_progress(step, loss)
 
     return lesson.train(model, loader, next_token_loss, optimizer, epochs=1, on_step=on_step)
 

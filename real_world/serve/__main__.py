@@ -6,9 +6,10 @@
     API Request -> Preprocessing -> Tensor Batch -> PyTorch Model
         -> Logits -> Postprocessing -> Response
 
-Granian (Rust) has the processes, sockets and HTTP. Each of its workers runs the application.
+Granian (Rust) manages the processes, sockets and HTTP. Each of its workers runs the application.
 """
 
+import argparse
 import functools
 import ipaddress
 import multiprocessing
@@ -61,16 +62,24 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.make_parser("serve", "The lesson's model behind HTTP.")
+    about = "The lesson's model behind HTTP."
+    parser = argparse.ArgumentParser("python -m real_world.serve", description=about)
     add = parser.add_argument
+    add(
+        "--device",
+        type=common.device,
+        default="auto",
+        help="auto, cpu, cuda, cuda:N (default: auto)",
+    )
     ip = ipaddress.ip_address
     port = bounded_int(0, 65535)
-    add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT)
+    add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT, help="of the lesson")
     add("--host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0: any free port")
     add("--metrics-port", metavar="N", type=port, help="default: 8002, or any with --port 0")
     add("--workers", metavar="N", type=bounded_int(1, 1000), help="default: CPU cores")
-    add("--backend", choices=["eager", "torchscript", "compile"], default="eager")
+    backends = ["eager", "torchscript", "compile"]
+    add("--backend", choices=backends, default="eager", help="how the model runs (default: eager)")
     timeout = "how long a batch waits for more requests (default: 0)"
     add("--batch-timeout-ms", metavar="N", type=bounded_int(0, 2000), default=0, help=timeout)
     parser.set_defaults(workers=cpu_count())

@@ -70,7 +70,7 @@ class Predict:
         await response(scope, receive, send)
 
     async def read_body(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the body; raise HTTPException if it is too large, ClientDisconnect.
+        """Return the body. Raises HTTPException if it is too large, ClientDisconnect if it ends.
 
         A body that is too large is read to its end, as most clients read no response before.
         """

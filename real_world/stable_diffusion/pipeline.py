@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from lesson_code import CheckpointError
+from real_world.common import atomic_write
 from real_world.stable_diffusion.scheduler import NoiseScheduler
 from real_world.stable_diffusion.unet import NULL_CLASS, UNet, UNetInput
 from real_world.stable_diffusion.vae import VAE
@@ -83,9 +84,7 @@ def save_model(path: Path, model: LatentDiffusion, losses: dict[str, list[float]
     tensors = model.state_dict()
     for name, values in losses.items():
         tensors[f"losses.{name}"] = torch.tensor(values)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save(tensors))
-    temporary.replace(path)
+    atomic_write(path, save(tensors))
 
 
 def load_model(

@@ -33,7 +33,7 @@ def norm_act_conv(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class UNetBlock(nn.Module):
-    """Convolutions, which add the timestep; self-attention; cross-attention to the prompt.
+    """A residual block with the timestep embedding; self-attention; cross-attention to the prompt.
 
     As in R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022,
     section 3.3: the queries are pixels of the latents, the keys and values tokens of the prompt.

@@ -1,10 +1,10 @@
-"""Static graphs and the dynamic graph: the same code in PyTorch, TensorFlow and Keras.
+"""Static graphs and the dynamic graph: the same computations in PyTorch, TensorFlow and Keras.
 
     python -m real_world.static_graph
 
 TensorFlow 1 built a static graph and then ran it; PyTorch builds a graph while the code runs. Since
-TensorFlow 2 (2019) both frameworks do both. Without further instructions, both run Python line by
-line (eagerly). tf.function, Keras's fit(), torch.compile and torch.export make graphs of it.
+TensorFlow 2 (2019) both frameworks do both. By default, both run Python line by line (eagerly).
+tf.function, Keras's fit(), torch.compile and torch.export turn it into graphs.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     compare_training()
     print("\nTracing: one function with a print(), a while and an if, for 5, 0.5 and -3, twice")
     compare_tracing()
-    print("\nShapes: a layer whose width follows its input, for 6 batches of 5 shapes")
+    print("\nShapes: a layer for inputs of any width, 6 batches of 5 shapes")
     compare_shapes()
     print("\nStochastic depth: a layer is applied if random.random() < 0.5, 100 calls")
     compare_randomness()

@@ -47,7 +47,7 @@ def inspect_traceback(function: Callable[[], object]) -> tuple[str, int, int | N
         function()
     except (IndexError, RuntimeError, tf.errors.InvalidArgumentError) as error:
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-        # The faulty line is the second one of forward() or call(), after the docstring.
+        # The faulty line is the third one of forward() or call(), after the docstring.
         numbers = [f.__code__.co_firstlineno + 2 for f in (Lookup.forward, KerasLookup.call)]
         faulty = re.compile(rf'"{re.escape(__file__)}", line ({numbers[0]}|{numbers[1]}),')
         positions = [len(lines) - i for i, line in enumerate(lines) if faulty.search(line)]

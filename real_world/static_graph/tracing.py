@@ -102,14 +102,14 @@ def compare_tracing() -> None:
     graphs = traced.experimental_get_tracing_count()
     report("@tf.function, Python floats", results, calls, f"{graphs}, one per number")
 
-    counter = CompileCounter()
+    counter = CompileCounter()  # a backend that counts the graphs and runs them eagerly
     compiled = torch.compile(data_dependent, backend=counter)
     results, calls = count_python_calls(compiled, torch_inputs)
     report("torch.compile", results, calls, f"{counter.frame_count}, with graph breaks")
     explain = torch._dynamo.explain(data_dependent)
     explanations, _ = count_python_calls(explain, [torch.tensor(5.0)])
     breaks = [reason.user_stack[-1].line.rstrip(":") for reason in explanations[0].break_reasons]
-    show("  graph breaks for x = 5", ", ".join(breaks))
+    show("  graph breaks", ", ".join(dict.fromkeys(breaks)))
 
     try:
         count_python_calls(export, [PythonControlFlow()])

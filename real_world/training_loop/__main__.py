@@ -156,7 +156,7 @@ def multi_task_learning(digits: Digits, seed: int) -> Curves:
 
 def gradient_accumulation(digits: Digits, seed: int) -> None:
     """Train on mini-batches of 128 and on micro-batches of 16, in float64."""
-    print("\n  5. Gradient accumulation: micro-batches of 16. train_with_accumulation()")
+    print("\n  5. Gradient accumulation, float64: micro-batches of 16. train_with_accumulation()")
     X, y = digits.X_train.cpu().double(), digits.y_train.cpu()  # MPS has no float64
     weights = []
     for train in (lesson.train, loops.train_with_accumulation):

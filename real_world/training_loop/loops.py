@@ -1,7 +1,8 @@
 """The lesson's train(), changed in seven ways.
 
-Lines that end in `# NEW` are changed or added; all others in a loop are those of train() in
-`lesson_code.py`. Every function trains a model in place and returns the loss of every step.
+The five steps are those of train() in `lesson_code.py`. A line that ends in `# NEW` is changed or
+added; `on_step` is left out. Every function trains a model in place and returns the loss of every
+step, some of them with a second list.
 """
 
 import copy
@@ -51,8 +52,10 @@ def train_with_clipping(
     """Train with gradients scaled down to `max_norm`; return losses, and norms before clipping.
 
     Raises RuntimeError if a gradient is NaN or infinite, before it reaches the weights; on a GPU,
-    this check synchronizes at every step (R. Pascanu et al., "On the difficulty of training
-    recurrent neural networks", 2013, algorithm 1).
+    this check synchronizes at every step.
+
+    Source: R. Pascanu et al., "On the difficulty of training recurrent neural networks", 2013,
+    algorithm 1.
     """
     model.train()
     losses = []
@@ -83,8 +86,9 @@ def train_mixed_precision(
 
     In float16, small gradients would become 0: the scaler multiplies the loss, and divides the
     gradients before the update. It skips a step whose gradients are not finite, and then lowers
-    its scale. bfloat16 has the range of float32 and needs no scaler (P. Micikevicius et al., "Mixed
-    Precision Training", 2018, section 3.2).
+    its scale. bfloat16 has the range of float32 and needs no scaler.
+
+    Source, for float16: P. Micikevicius et al., "Mixed Precision Training", 2018, section 3.2.
     """
     model.train()
     device_type = next(model.parameters()).device.type  # NEW

@@ -12,7 +12,7 @@ READMES = [ROOT / "README.md", REAL_WORLD / "README.md", *REAL_WORLD.glob("*/REA
 
 
 def test_index_names_every_example():
-    assert INDEX.count("\n") <= 150
+    assert "TODO" not in INDEX
     table = INDEX.split("| the article |")[1].split("\n\n")[0]
     assert sorted(set(re.findall(r"\]\((\w+)/README\.md", table))) == EXAMPLES
     root = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -124,7 +124,7 @@ class Predictor {
     for (size_t count = 1;; ++count) {
       const size_t comma = line.find(',');
       std::string_view field = trim(line.substr(0, comma));
-      if (field.starts_with('+')) field.remove_prefix(1);  // from_chars knows no plus sign
+      if (field.starts_with('+') && !field.starts_with("+-")) field.remove_prefix(1);  // from_chars knows no plus sign
       const char* field_end = field.data() + field.size();
       double value;
       const auto [end, error] = std::from_chars(field.data(), field_end, value);

@@ -149,10 +149,12 @@ def test_byte_order_mark_windows_line_ends_and_header(predict):
 
 FIELD = st.one_of(
     st.floats(-1e30, 1e30).map(repr),
-    st.sampled_from(["nan", "inf", "-inf", "1e300", "1E5", "1e-60", "+1.5", " 2.\t", "0x1", "1e"]),
+    st.sampled_from(
+        ["nan", "inf", "-inf", "1e300", "1E5", "1e-60", "+1.5", "+-1", " 2.\t", "0x1", "1e"]
+    ),
     st.text(alphabet="0123456789.- x", max_size=6),
 )
-NUMBER = re.compile(r"\+?-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def is_sample(line: str) -> bool:
