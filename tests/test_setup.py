@@ -34,13 +34,6 @@ def add_examples(project: Path) -> None:
     (project / "real_world" / "constraints.txt").write_text("pluggy==1.5.0\n")
 
 
-def add_examples(project: Path) -> None:
-    """Write the requirements of real_world/, with a constraint on what they need."""
-    (project / "real_world").mkdir()
-    (project / "real_world" / "requirements.txt").write_text("-c constraints.txt\npluggy\n")
-    (project / "real_world" / "constraints.txt").write_text("pluggy==1.5.0\n")
-
-
 def run(project: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     """Run setup.sh with `command` from another folder than its own."""
     return subprocess.run(

@@ -14,8 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,28 +22,16 @@ import numpy as np
 import openapi_spec_validator
 import pytest
 import torch
+from processes import ROOT, is_running, wait_until
 
 import lesson_code as lesson
 from real_world.common import load_lesson_model
 from real_world.serve.app import Predict
 from real_world.serve.batcher import Batcher
 
-ROOT = Path(__file__).resolve().parents[2]
 ROW = [0.5, -1.2, 0.3, 0.8]
 POST = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
 COMMAND = [sys.executable, "-m", "real_world.serve", "--port", "0", "--metrics-port", "0"]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met within a minute"
-        time.sleep(0.05)
-
-
-def has_ended(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "zombie" in status.read_text()
 
 
 class Server:
@@ -387,11 +374,11 @@ def test_workers_end_with_the_supervisor(checkpoint, how):
         else:
             running.stdout.close()
             os.kill(running.workers[0], signal.SIGKILL)
-            wait_until(lambda: has_ended(running.workers[0]))
+            wait_until(lambda: not is_running(running.workers[0]))
             assert running.predict([ROW])[0] == 200
             running.process.terminate()
         running.process.wait()
-        wait_until(lambda: all(map(has_ended, running.workers)))
+        wait_until(lambda: not any(map(is_running, running.workers)))
 
 
 def test_closed_terminal_ends_the_service(checkpoint):
@@ -403,7 +390,7 @@ def test_closed_terminal_ends_the_service(checkpoint):
         lines = iter(output.readline, "")
         worker = next(int(line.split()[-1]) for line in lines if "worker processes" in line)
     try:
-        wait_until(lambda: has_ended(worker) and has_ended(pid))
+        wait_until(lambda: not is_running(worker) and not is_running(pid))
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
