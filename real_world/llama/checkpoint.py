@@ -13,35 +13,65 @@ from safetensors.torch import load_file, save
 
 from lesson_code import CheckpointError
 from real_world.common import atomic_write
-from real_world.llama.config import LlamaConfig, RopeScaling
+from real_world.llama.config import LinearRopeScaling, LlamaConfig, RopeScaling
 from real_world.llama.model import Llama
+
+
+def check_requirements(path: Path, requirements: dict[str, bool]) -> None:
+    """Raise CheckpointError for the first requirement that is not met."""
+    for requirement, met in requirements.items():
+        if not met:
+            raise CheckpointError(f"{path} is not supported: it must have {requirement}")
+
+
+def read_rope(
+    path: Path, content: dict, rope: dict
+) -> tuple[float, RopeScaling | LinearRopeScaling | None]:
+    """Return rope_theta and the scaling; `rope` is rope_parameters or rope_scaling."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    partial_rotary_factor = rope.get("partial_rotary_factor", content.get("partial_rotary_factor"))
+    requirements = {
+        "one rope_type for all layers": not any(isinstance(value, dict) for value in rope.values()),
+        "rope_type 'default', 'linear' or 'llama3'": rope_type in ("default", "linear", "llama3"),
+        "partial_rotary_factor 1": partial_rotary_factor in (None, 1),
+    }
+    check_requirements(path, requirements)
+    theta = rope.get("rope_theta") or content.get("rope_theta") or 10_000.0
+    if rope_type == "default":
+        return theta, None
+    if rope_type == "linear":
+        return theta, LinearRopeScaling(rope["factor"])
+    scaling = RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_position_embeddings=(  # the order of transformers
+            content.get("original_max_position_embeddings")
+            or rope.get("original_max_position_embeddings")
+            or content.get("max_position_embeddings", 2048)
+        ),
+    )
+    return theta, scaling
 
 
 def read_config(path: Path) -> LlamaConfig:
     """Read a config.json. Raises CheckpointError if it describes a model that is not supported."""
     content = json.loads(path.read_text())
-    # transformers 5 writes all of it to rope_parameters, other versions and Meta to rope_scaling.
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     requirements = {
         "model_type 'llama'": content.get("model_type") == "llama",
         "hidden_act 'silu'": content.get("hidden_act", "silu") == "silu",
         "attention_bias False": not content.get("attention_bias"),
         "mlp_bias False": not content.get("mlp_bias"),
-        "rope_type 'default' or 'llama3'": rope_type in ("default", "llama3"),
+        "is_causal True": content.get("is_causal", True),
+        "no per_layer_config": not content.get("per_layer_config"),
         "no quantization_config": not content.get("quantization_config"),
     }
-    for requirement, met in requirements.items():
-        if not met:
-            raise CheckpointError(f"{path} is not supported: it must have {requirement}")
-    scaling = None
-    if rope_type == "llama3":
-        scaling = RopeScaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_position_embeddings=rope["original_max_position_embeddings"],
-        )
+    check_requirements(path, requirements)
+    # transformers 5 writes all of it to rope_parameters, other versions and Meta to rope_scaling.
+    ropes = [content[name] for name in ("rope_parameters", "rope_scaling") if content.get(name)]
+    rope_theta, rope_scaling = read_rope(path, content, ropes[0] if ropes else {})
+    if len(ropes) == 2 and read_rope(path, content, ropes[1]) != (rope_theta, rope_scaling):
+        raise CheckpointError(f"{path} is ambiguous: its rope_parameters and rope_scaling disagree")
     heads = content["num_attention_heads"]
     eos = content.get("eos_token_id")
     return LlamaConfig(  # the defaults are those of transformers
@@ -52,9 +82,9 @@ def read_config(path: Path) -> LlamaConfig:
         num_attention_heads=heads,
         num_key_value_heads=content.get("num_key_value_heads") or heads,
         head_dim=content.get("head_dim") or content["hidden_size"] // heads,
-        rms_norm_eps=content.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or content.get("rope_theta", 10_000.0),
-        rope_scaling=scaling,
+        rms_norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         tie_word_embeddings=content.get("tie_word_embeddings", False),
         eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
     )
@@ -68,7 +98,7 @@ def config_to_dict(config: LlamaConfig) -> dict:
     content["bos_token_id"] = None
     content["eos_token_id"] = list(content.pop("eos_token_ids")) or None
     if config.rope_scaling is not None:
-        content["rope_scaling"]["rope_type"] = "llama3"
+        content["rope_scaling"]["rope_type"] = config.rope_scaling.rope_type
     return content
 
 

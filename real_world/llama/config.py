@@ -1,12 +1,22 @@
 """Llama's configuration, with the names of Hugging Face's config.json (but eos_token_ids)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class LinearRopeScaling:
+    """Position interpolation (S. Chen et al., 2023): all frequencies are divided by `factor`."""
+
+    rope_type: ClassVar[str] = "linear"
+    factor: float
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """How Llama 3.1 extends its rotary embedding to longer contexts than it was trained on."""
 
+    rope_type: ClassVar[str] = "llama3"
     factor: float  # by which low frequencies are divided
     low_freq_factor: float  # fewer rotations than this in the original context: divided by factor
     high_freq_factor: float  # more rotations than this: not changed
@@ -26,7 +36,7 @@ class LlamaConfig:
     head_dim: int  # width of a head, usually hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5  # added to the mean square, against division by zero
     rope_theta: float = 500_000.0  # base of the rotary embedding's frequencies
-    rope_scaling: RopeScaling | None = None  # None: frequencies as they are
+    rope_scaling: RopeScaling | LinearRopeScaling | None = None  # None: frequencies as they are
     tie_word_embeddings: bool = False  # True: lm_head shares the weights of the embedding
     eos_token_ids: tuple[int, ...] = ()  # generation stops after any of these tokens
 

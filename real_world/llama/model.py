@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from real_world.llama.config import LlamaConfig
+from real_world.llama.config import LinearRopeScaling, LlamaConfig
 
 # %% Rotary position embedding (J. Su et al., "RoFormer", 2021, section 3.2.2)
 
@@ -18,14 +18,16 @@ from real_world.llama.config import LlamaConfig
 def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
     """Return the angle by which each pair of features rotates per position, (head_dim / 2,).
 
-    With Llama 3.1's scaling, low frequencies are divided by `factor`, high ones are unchanged, and
-    those between are interpolated.
+    Linear scaling divides all by `factor`. With Llama 3.1's, low frequencies are divided by
+    `factor`, high ones are unchanged, and those between are interpolated.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / config.rope_theta ** (exponents / config.head_dim)  # (head_dim / 2,)
     scaling = config.rope_scaling
     if scaling is None:
         return inv_freq
+    if isinstance(scaling, LinearRopeScaling):
+        return inv_freq / scaling.factor
     rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = ((rotations - low) / (high - low)).clamp(0, 1)  # 0 for low frequencies, 1 for high

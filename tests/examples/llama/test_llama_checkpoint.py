@@ -79,7 +79,7 @@ def test_config_json_as_published_and_its_defaults(tmp_path):
         ({"num_hidden_layers": 2}, r"Unexpected key\(s\)"),
         ({"intermediate_size": 47}, "size mismatch for model.layers.0.mlp.gate_proj"),
         ({"model_type": "mistral"}, "must have model_type 'llama'"),
-        ({"rope_scaling": {"type": "yarn"}}, "must have rope_type 'default' or 'llama3'"),
+        ({"rope_scaling": {"type": "yarn"}}, "must have rope_type 'default', 'linear' or 'llama3'"),
         ({"attention_bias": True}, "must have attention_bias False"),
         ({"quantization_config": {"bits": 4}}, "must have no quantization_config"),
         ({}, r"model\.safetensors is damaged"),
