@@ -29,6 +29,13 @@ from real_world.llama.parity import check_parity
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
 from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, STEPS, evaluate, train_llama
 
+DTYPES = {
+    "auto": None,  # that of the files
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("llama", "Llama 3 in miniature: parity, training, generation, costs.")
@@ -36,6 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", metavar="N", type=bounded_int(20), default=STEPS, help="default: 1000")
     add("--prompt", metavar="TEXT", help="only continue this text, with the trained model")
     add("--weights", metavar="DIR", type=Path, help="with --prompt: a model from Hugging Face")
+    add("--dtype", choices=DTYPES, default="auto", help="with --prompt (default: auto, the files')")
     add("--max-new-tokens", metavar="N", type=bounded_int(1), default=240, help="default: 240")
     add("--temperature", metavar="T", type=float, default=0.8, help="0: greedy (default: 0.8)")
     add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
@@ -43,6 +51,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights and args.prompt is None:
         parser.error("--weights requires --prompt")
+    if args.dtype != "auto" and args.prompt is None:
+        parser.error("--dtype requires --prompt")
     if not 0 <= args.temperature < math.inf:
         parser.error("argument --temperature: must be a finite number, at least 0")
     if not 0 < args.top_p <= 1:
@@ -58,7 +68,7 @@ def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
     if not args.weights and not (folder / "config.json").exists():
         message = f"no trained model in {folder}; 'python -m real_world.llama' trains one"
         raise lesson.CheckpointError(message)
-    model = load_pretrained(folder, args.device)
+    model = load_pretrained(folder, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     for piece in stream_generate(model, tokenizer, args.prompt, args.max_new_tokens, params):
         print(piece, end="", flush=True)

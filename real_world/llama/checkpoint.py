@@ -3,8 +3,9 @@
 Safetensors files hold tensors only; unlike pickles, they cannot run code when they are loaded.
 """
 
-import dataclasses
 import json
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +74,9 @@ def read_config(path: Path) -> LlamaConfig:
     if len(ropes) == 2 and read_rope(path, content, ropes[1]) != (rope_theta, rope_scaling):
         raise CheckpointError(f"{path} is ambiguous: its rope_parameters and rope_scaling disagree")
     heads = content["num_attention_heads"]
+    kv_heads = content.get("num_key_value_heads") or heads
+    multiple = "num_attention_heads that are a multiple of num_key_value_heads"
+    check_requirements(path, {multiple: heads % kv_heads == 0})
     eos = content.get("eos_token_id")
     return LlamaConfig(  # the defaults are those of transformers
         vocab_size=content["vocab_size"],
@@ -80,7 +84,7 @@ def read_config(path: Path) -> LlamaConfig:
         intermediate_size=content["intermediate_size"],
         num_hidden_layers=content["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=content.get("num_key_value_heads") or heads,
+        num_key_value_heads=kv_heads,
         head_dim=content.get("head_dim") or content["hidden_size"] // heads,
         rms_norm_eps=float(content.get("rms_norm_eps", 1e-6)),
         rope_theta=rope_theta,
@@ -92,7 +96,7 @@ def read_config(path: Path) -> LlamaConfig:
 
 def config_to_dict(config: LlamaConfig) -> dict:
     """Return the content of a config.json that all versions of transformers read."""
-    content = dataclasses.asdict(config)
+    content = asdict(config)
     content["architectures"] = ["LlamaForCausalLM"]
     content["model_type"] = "llama"
     content["bos_token_id"] = None
@@ -102,23 +106,10 @@ def config_to_dict(config: LlamaConfig) -> dict:
     return content
 
 
-def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> Llama:
-    """Load a Llama from a folder in Hugging Face's format, in the dtype of its files.
-
-    On the CPU, the weights are memory-mapped: read from the file when they are needed, not copied.
-
-    Raises:
-        CheckpointError: a file is damaged, or the weights do not match config.json.
-        OSError: a file is missing.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    try:
-        config = read_config(path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not the configuration of a Llama: {error!r}") from None
-    with torch.device("meta"):  # shapes only: no memory, no random weights
-        model = Llama(config)
+def load_weights(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the weights in a folder's safetensors files, by name, in one dtype."""
     paths = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
     if not paths:
         message = "pickled weights (.bin, .pth), which can run code, are not supported"
@@ -132,9 +123,58 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
     for name in list(state_dict):
         if name.endswith("rotary_emb.inv_freq"):  # in old files; it follows from the config
             del state_dict[name]
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in state_dict.values()})
+    if dtype is not None:
+        state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
+    elif len(dtypes) > 1:
+        raise CheckpointError(f"{folder} mixes {' and '.join(dtypes)}; choose one with --dtype")
+    return state_dict
+
+
+def share_embedding(config: LlamaConfig, state_dict: dict[str, torch.Tensor]) -> LlamaConfig:
+    """Use one tensor for the embedding and lm_head; if both are stored and differ, untie them."""
     embedding = state_dict.get("model.embed_tokens.weight")
-    if model.config.tie_word_embeddings and embedding is not None:
-        state_dict["lm_head.weight"] = embedding
+    lm_head = state_dict.get("lm_head.weight")
+    if embedding is not None and lm_head is not None and not lm_head.equal(embedding):
+        message = "differs from the embedding: it is not tied, although tie_word_embeddings is true"
+        warnings.warn(f"the stored lm_head.weight {message}", stacklevel=3)
+        return replace(config, tie_word_embeddings=False)
+    shared = lm_head if embedding is None else embedding
+    if shared is not None:
+        state_dict["model.embed_tokens.weight"] = state_dict["lm_head.weight"] = shared
+    return config
+
+
+def load_pretrained(
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Llama:
+    """Load a Llama from a folder in Hugging Face's format.
+
+    On the CPU, the weights are memory-mapped: read from the file when they are needed, not copied.
+
+    Args:
+        folder: with config.json and safetensors files.
+        device: where the weights are loaded to.
+        dtype: to which the weights are converted. None: that of the files.
+
+    Raises:
+        CheckpointError: a file is damaged, the weights do not match config.json, or they have
+            several dtypes and `dtype` is None.
+        OSError: a file is missing.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        config = read_config(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the configuration of a Llama: {error!r}") from None
+    state_dict = load_weights(folder, device, dtype)
+    if config.tie_word_embeddings:
+        config = share_embedding(config, state_dict)
+    with torch.device("meta"):  # shapes only: no memory, no random weights
+        model = Llama(config)
     try:
         model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:  # lists missing and unexpected names, and different shapes

@@ -1,5 +1,6 @@
 """The Llama example's weights: Hugging Face's format in both directions, errors, memory."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -45,6 +46,56 @@ def test_weights_to_transformers_and_back(tied, tmp_path):
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("stored", ["both", "lm_head", "embedding"])
+def test_tied_weights_are_tied_as_transformers_does(stored, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    save_pretrained(build(replace(CONFIG, tie_word_embeddings=True)), tmp_path)
+    path = tmp_path / "model.safetensors"
+    state_dict = load_file(path)
+    if stored != "embedding":
+        state_dict["lm_head.weight"] = torch.randn(97, 96)  # after fine-tuning of lm_head only
+    if stored == "lm_head":
+        del state_dict["model.embed_tokens.weight"]
+    save_file(state_dict, path, metadata={"format": "pt"})
+    warns = pytest.warns(UserWarning, match="it is not tied")
+    with warns if stored == "both" else contextlib.nullcontext():
+        loaded = load_pretrained(tmp_path)
+    assert loaded.config.tie_word_embeddings == (stored != "both")
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (stored != "both")
+    tokens = torch.randint(97, (2, 40))
+    expected = LlamaForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    torch.testing.assert_close(loaded(tokens), expected, atol=1e-5, rtol=0)
+    save_pretrained(loaded, tmp_path / "again")
+    assert load_pretrained(tmp_path / "again")(tokens).equal(loaded(tokens))
+
+
+def test_mixed_dtypes_are_refused_or_converted(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    save_pretrained(build(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    mixed = {name: w if "norm" in name else w.bfloat16() for name, w in load_file(path).items()}
+    save_file(mixed, path, metadata={"format": "pt"})
+    with pytest.raises(lesson.CheckpointError, match="mixes bfloat16 and float32; choose one"):
+        load_pretrained(tmp_path)
+    tokens = torch.randint(97, (2, 40))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = load_pretrained(tmp_path, dtype=dtype)
+        assert {weight.dtype for weight in model.state_dict().values()} == {dtype}
+        reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        difference = (model(tokens) - reference(tokens).logits).abs().max()
+        assert difference <= (1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_rotary_frequencies_of_old_files_do_not_count_as_mixed_dtypes(tmp_path):
+    save_pretrained(build().bfloat16(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(path) | old, path)
+    assert load_pretrained(tmp_path).lm_head.weight.dtype == torch.bfloat16
+
+
 def test_sharded_bfloat16_weights(tmp_path):
     reference = parity.to_transformers(build()).bfloat16()
     reference.save_pretrained(tmp_path, max_shard_size="100KB")
@@ -80,8 +131,7 @@ def test_config_json_as_published_and_its_defaults(tmp_path):
         ({"intermediate_size": 47}, "size mismatch for model.layers.0.mlp.gate_proj"),
         ({"model_type": "mistral"}, "must have model_type 'llama'"),
         ({"rope_scaling": {"type": "yarn"}}, "must have rope_type 'default', 'linear' or 'llama3'"),
-        ({"attention_bias": True}, "must have attention_bias False"),
-        ({"quantization_config": {"bits": 4}}, "must have no quantization_config"),
+        ({"num_key_value_heads": 3}, "a multiple of num_key_value_heads"),
         ({}, r"model\.safetensors is damaged"),
     ],
 )

@@ -40,7 +40,7 @@ NO_EFFECT = {  # on logits
     "attention_dropout": 0.5,  # for training
     "bos_token_id": 4,  # the tokenizer adds it
     "chunk_size_feed_forward": 2,
-    "dtype": "float32",  # the dtype is that of the files
+    "dtype": "float32",  # transformers converts to it; here, load_pretrained's dtype does
     "id2label": {"0": "a"},
     "initializer_range": 0.5,  # for training
     "is_encoder_decoder": True,
