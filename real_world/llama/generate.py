@@ -1,5 +1,6 @@
 """Generation, token by token, with a KV cache."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,15 @@ class SamplingParams:
     top_k: int | None = None  # sample from the k most likely tokens only
     top_p: float = 1.0  # sample from the fewest tokens that have this probability together
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a value is out of range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 GREEDY = SamplingParams()
@@ -84,6 +94,8 @@ def generate(
         params: temperature, top_k, top_p, and the seed.
         use_cache: if False, all tokens are processed again for every new one. Slow, for comparison.
     """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     rng = torch.Generator(prompt.device).manual_seed(params.seed)
     batch_size, length = prompt.shape
     caches = make_caches(model, batch_size, length + max_new_tokens) if use_cache else None

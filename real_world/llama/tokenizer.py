@@ -27,6 +27,8 @@ class HuggingFaceTokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # it raises no narrower one
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+        self.tokenizer.no_truncation()  # fine-tuning stores both in the file
+        self.tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, after the special tokens that the model expects."""

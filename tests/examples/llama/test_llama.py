@@ -1,4 +1,4 @@
-"""The Llama example: parity with transformers, generation, data, training, costs."""
+"""The Llama example: parity with transformers, data, training, costs, options."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-import tokenizers
 import torch
 
 import lesson_code as lesson
@@ -18,13 +17,11 @@ from real_world.llama import costs, parity
 from real_world.llama.checkpoint import save_pretrained
 from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
 from real_world.llama.data import RandomWindows, byte_entropies, load_corpus, train_val_split
-from real_world.llama.generate import SamplingParams, filter_logits, generate, stream_generate
+from real_world.llama.generate import generate
 from real_world.llama.model import KVCache, Llama
-from real_world.llama.tokenizer import ByteTokenizer
 from real_world.llama.train import next_token_loss, train_llama
 
 CONFIG = parity.BASE
-PROMPT = torch.tensor([[1, 2, 3]])
 
 
 def build(config: LlamaConfig = CONFIG, std: float = 0.0) -> Llama:
@@ -77,64 +74,6 @@ def test_bfloat16_logits_are_near_transformers_in_a_long_context():
     with torch.no_grad():
         diff = model(tokens) - parity.to_transformers(model)(tokens).logits
     assert diff.abs().mean() < 0.05  # with angles computed in bfloat16, it is 0.2
-
-
-# %% Generation
-
-
-def test_filter_logits_equals_transformers():
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = torch.randn(6, 50) * 3
-    for temperature, top_k, top_p in ((0.5, 50, 1.0), (1.3, 7, 1.0), (1.0, 50, 0.6), (2.0, 9, 0.8)):
-        expected = TemperatureLogitsWarper(temperature)(None, logits)
-        expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, expected))
-        torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), expected)
-
-
-def test_sampling_depends_on_the_seed_and_on_nothing_if_greedy():
-    model = build()
-
-    def tokens(*params) -> list[int]:
-        return generated(model, PROMPT, 30, params=SamplingParams(*params))[0].tolist()
-
-    assert tokens(1.0, None, 1.0, 1) == tokens(1.0, None, 1.0, 1) == tokens(1.0, 1000, 1.0, 1)
-    assert tokens(1.0, None, 1.0, 1) != tokens(1.0, None, 1.0, 2)
-    assert tokens(0.0) == tokens(1.0, 1) == tokens(1.0, None, 1e-9) == tokens(1e-9)
-    batch = generated(model, PROMPT.repeat(4, 1), 10, params=SamplingParams(1.0))
-    assert len({tuple(row) for row in batch.tolist()}) == 4
-
-
-def test_kv_cache_processes_every_token_once():
-    model, lengths = build(), []
-    model.model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
-    generated(model, PROMPT, 5)
-    generated(model, PROMPT, 5, use_cache=False)
-    assert lengths == [3, 1, 1, 1, 1, 3, 4, 5, 6, 7]
-
-
-def test_streamed_text_has_whole_characters_and_no_control_characters(monkeypatch):
-    tokens = iter("né\x1b[2J€\n".encode() + b"\xff")
-    monkeypatch.setattr("real_world.llama.generate.sample", lambda *_: torch.tensor([next(tokens)]))
-    pieces = list(stream_generate(build(LLAMA_TINY), ByteTokenizer(), "A", 12, SamplingParams()))
-    assert pieces == ["A", "n", "é", ".", "[", "2", "J", "€", "\n", "."]
-
-
-def test_generation_with_a_tokenizer_stops_at_the_end_of_sequence(tmp_path, capsys):
-    words = tokenizers.models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    model = build()
-    new = generated(model, torch.tensor([[4, 7]]), 12)[0].tolist()
-    model.config = replace(CONFIG, eos_token_ids=(96, new[5]))
-    save_pretrained(model, tmp_path)
-    arguments = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
-    with pytest.raises(lesson.CheckpointError, match=r"has no tokenizer\.json"):
-        llama.main(arguments)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    llama.main(arguments)
-    expected = [4, 7, *new[: new.index(new[5])]]
-    assert capsys.readouterr().out.split() == [f"w{n}" for n in expected]
 
 
 # %% Data, training and costs
@@ -229,13 +168,35 @@ def test_costs_are_those_of_real_models():
 
 
 @pytest.mark.parametrize(
-    "argument", ["--prompt=", "--weights=x", "--steps=19", "--top-p=1.5", "--temperature=nan"]
+    "argument",
+    [
+        "--prompt=",
+        "--weights=x",
+        "--dtype=bfloat16",
+        "--steps=19",
+        "--top-p=1.5",
+        "--temperature=nan",
+    ],
 )
 def test_wrong_option(argument, capsys):
     with pytest.raises(SystemExit) as error:
         llama.main([argument])
     assert error.value.code == 2
     assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_dtype_of_the_command_line(tmp_path, monkeypatch):
+    dtypes = []
+
+    def record(model, *_):
+        dtypes.append(model.lm_head.weight.dtype)
+        return iter(())
+
+    monkeypatch.setattr(llama, "stream_generate", record)
+    save_pretrained(build(LLAMA_TINY), tmp_path)
+    for name in ("auto", "float32", "bfloat16", "float16"):
+        llama.main(["--weights", str(tmp_path), "--prompt", "a", "--dtype", name])
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_prompt_before_training(tmp_path):
