@@ -41,6 +41,8 @@ class NoiseScheduler:
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
     ) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"unknown prediction_type {prediction_type!r}")
         self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
         self.alphas_cumprod = (1 - self.betas).cumprod(dim=0)  # the clean latents' part of variance
         self.num_train_timesteps = num_train_timesteps
@@ -98,6 +100,8 @@ class NoiseScheduler:
         Song et al., equations 12 and 16. DDIM has `eta` 0 and is deterministic; with 1, single
         timesteps and fresh `noise`, it is DDPM. A `prev_timestep` below 0 counts as 0.
         """
+        if eta > 0 and noise is None:
+            raise ValueError(f"a step with eta {eta} needs noise")
         x0, eps = self.predict_x0_and_eps(model_output, timestep, sample)
         alpha_prod = self.alphas_cumprod[timestep]
         alpha_prod_prev = self.alphas_cumprod[max(prev_timestep, 0)]

@@ -72,6 +72,18 @@ def test_ddim_step_with_eta_1_is_a_step_of_ddpm(prediction_type, timestep):
     torch.testing.assert_close(step, expected.prev_sample, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("prediction_type", ["sample", "v-prediction", ""])
+def test_unknown_prediction_type_raises_value_error(prediction_type):
+    with pytest.raises(ValueError, match=f"unknown prediction_type '{prediction_type}'"):
+        NoiseScheduler(prediction_type=prediction_type)
+
+
+def test_ddim_step_with_eta_needs_noise():
+    latents = torch.zeros(1, 2, 4, 4)
+    with pytest.raises(ValueError, match="eta 1 needs noise"):
+        NoiseScheduler().ddim_step(latents, 500, 480, latents, eta=1)
+
+
 # Models
 
 
