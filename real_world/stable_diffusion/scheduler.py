@@ -83,6 +83,9 @@ class NoiseScheduler:
 
     def ddim_timesteps(self, num_inference_steps: int) -> list[int]:
         """Return the timesteps to sample at, in descending order, spaced as in Stable Diffusion."""
+        maximum = self.num_train_timesteps - 1  # timestep 0 is not used
+        if not 1 <= num_inference_steps <= maximum:
+            raise ValueError(f"num_inference_steps must be from 1 to {maximum}")
         step_ratio = self.num_train_timesteps // num_inference_steps
         return [step * step_ratio + 1 for step in reversed(range(num_inference_steps))]
 

@@ -84,6 +84,13 @@ def test_ddim_step_with_eta_needs_noise():
         NoiseScheduler().ddim_step(latents, 500, 480, latents, eta=1)
 
 
+@pytest.mark.parametrize("num_inference_steps", [-1, 0, 1000, 2000])
+def test_number_of_inference_steps_is_limited(num_inference_steps):
+    assert NoiseScheduler().ddim_timesteps(999) == list(range(999, 0, -1))
+    with pytest.raises(ValueError, match="num_inference_steps must be from 1 to 999"):
+        NoiseScheduler().ddim_timesteps(num_inference_steps)
+
+
 # Models
 
 
