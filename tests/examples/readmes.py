@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[\d,.]*\d(e[-+]?\d+)?")
 
 def mask(text: str) -> list[str]:
     """Return lines without numbers and paths, which differ, and with single spaces."""
-    lines = [re.sub(r"\S*/\S*", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"\S*/\S*|\+c(pu|u\d+)", "", line) for line in text.splitlines()]
     return [re.sub(r"[\s-]+", " ", NUMBER.sub("#", line)).strip() for line in lines]
 
 
