@@ -485,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--epochs", metavar="N", type=int, help="epochs of training (default: 100)")
     add("--seed", metavar="N", type=int, help="seed of the data and the weights (default: 0)")
-    add("--output", metavar="DIR", type=lambda text: Path(text).expanduser(), help="checkpoints/")
+    add("--output", metavar="DIR", type=lambda s: Path(s).expanduser(), help="default: checkpoints")
     add("--no-figure", action="store_true", help="do not plot lesson.png")
     add("--pause", action="store_true", help="wait for Enter after every section")
     parser.set_defaults(**vars(DEFAULTS))

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print("\n  The noise scheduler, compared with diffusers' DDIMScheduler:")
     check_schedulers()
-    print("\n  500 generated digits per guidance scale, classified by the lesson's model,")
+    print("\n  500 generated digits per guidance scale, classified by a model trained on digits,")
     print("  and their distances to the nearest training image:")
     evaluate_generation(model, load_images(args.device), args.inference_steps, args.seed)
     if not args.no_figure:

@@ -172,7 +172,7 @@ def test_benchmark_is_sized_in_bytes():
 @given(lines=st.lists(st.lists(FIELD, min_size=3, max_size=5).map(",".join), max_size=100))
 def test_every_line_is_answered_correctly_or_refused(predict, model, lines):
     done = run(*predict, input="\n".join(lines))
-    lines = "\n".join(lines).splitlines()  # an empty last line is no line
+    lines = "\n".join(lines).splitlines()  # an empty last line does not count
     samples = {number: line for number, line in enumerate(lines, 1) if is_sample(line)}
     refused = re.findall(r"^predict: line (\d+) .+$", done.stderr, re.MULTILINE)
     assert done.returncode == (len(samples) < len(lines))
