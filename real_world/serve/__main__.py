@@ -32,7 +32,6 @@ import lesson_code as lesson
 from real_world import common
 from real_world.common import bounded_int, show
 from real_world.serve.load import load_app
-from real_world.serve.metrics import Totals
 from real_world.serve.monitor import Monitor, announce
 
 DEFAULT_CHECKPOINT = lesson.OUTPUT / "lesson.pt"
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT, help="of the lesson")
     add("--host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0: any free port")
-    add("--metrics-port", metavar="N", type=port, help="default: 8002, or any with --port 0")
+    add("--metrics-port", metavar="N", type=port, default=8002, help="default: 8002; 0: any")
     add("--workers", metavar="N", type=bounded_int(1, 1000), help="default: CPU cores")
     backends = ["eager", "torchscript", "compile"]
     add("--backend", choices=backends, default="eager", help="how the model runs (default: eager)")
@@ -96,19 +95,17 @@ def main(argv: list[str] | None = None) -> None:
     host = str(args.host)
     url = f"http://[{host}]" if ":" in host else f"http://{host}"
     reserved_port = reserve_port(host, args.port)
-    if args.metrics_port is None:
-        args.metrics_port = 8002 if args.port else 0
     reserve_port(host, args.metrics_port).close()
+    address, port, *_ = reserved_port.getsockname()
+    monitor = Monitor(args.workers, f"{url}:{port}")
     registry = CollectorRegistry()
-    registry.register(Totals())
+    registry.register(monitor.totals)
     metrics_server, _ = start_http_server(args.metrics_port, host, registry)
     show("metrics", f"GET /metrics on port {metrics_server.server_port}")
 
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # one per connection
     multiprocessing.set_start_method("spawn")  # a fork could not use CUDA
-    address, port, *_ = reserved_port.getsockname()
-    monitor = Monitor(args.workers, f"{url}:{port}")
     server = Granian(
         "serve",
         address=address,

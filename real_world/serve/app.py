@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from real_world.serve import codec
 from real_world.serve.batcher import Batcher
-from real_world.serve.metrics import counts, observe, report
+from real_world.serve.metrics import errors, report, request_latency
 from real_world.serve.model import load_and_warm_up
 
 BODY_TIMEOUT = 30.0  # seconds in which a body has to arrive
@@ -27,7 +27,7 @@ BODY_TIMEOUT = 30.0  # seconds in which a body has to arrive
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """Count an error, and return it as JSON."""
-    counts["http_errors_total", status] += 1
+    errors.labels(status).inc()
     body = msgspec.json.encode(codec.Error(message))
     return Response(body, status, headers, "application/json")
 
@@ -57,7 +57,7 @@ class Predict:
             if not np.isfinite(probabilities).all():
                 raise HTTPException(422, "the result is not finite: the features are too large")
             response = Response(codec.postprocess(probabilities), media_type="application/json")
-            observe("request_latency_seconds", time.perf_counter() - start)
+            request_latency.observe(time.perf_counter() - start)
         except HTTPException as error:
             response = error_response(error.status_code, error.detail)
         except TimeoutError:

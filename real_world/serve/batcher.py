@@ -8,7 +8,7 @@ import numpy as np
 from starlette.exceptions import HTTPException
 
 from real_world.serve.codec import MAX_BATCH_ROWS
-from real_world.serve.metrics import observe
+from real_world.serve.metrics import batch_requests, batch_rows
 
 
 class Batcher:
@@ -49,8 +49,8 @@ class Batcher:
         batch = self.next_batch()
         self.timer = asyncio.get_running_loop().call_soon(self.run) if self.queue else None
         features = np.concatenate([rows for rows, _ in batch])
-        observe("batch_requests", len(batch))
-        observe("batch_rows", len(features))
+        batch_requests.observe(len(batch))
+        batch_rows.observe(len(features))
         try:
             probabilities = self.predict(features)
         except Exception:  # fails the requests of this batch only

@@ -4,33 +4,35 @@ import asyncio
 import os
 import pickle
 import socket
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+import prometheus_client
+from prometheus_client.core import Metric
 
+prometheus_client.disable_created_metrics()  # no times of creation, which have no sum
+registry = prometheus_client.CollectorRegistry()
+errors = prometheus_client.Counter("http_errors", "By status", ["status"], registry=registry)
 SIZES = [2**n for n in range(11)]
-BUCKETS = {
-    "request_latency_seconds": [size / 10_000 for size in SIZES],  # of successful requests
-    "batch_requests": SIZES,
-    "batch_rows": SIZES,
-}
-counts: Counter[tuple[str, object]] = Counter()  # by metric, and bucket, "sum" or HTTP status
-
-
-def observe(metric: str, value: float) -> None:
-    """Count a value in its bucket of a histogram."""
-    counts[metric, bisect_left(BUCKETS[metric], value)] += 1
-    counts[metric, "sum"] += value  # type: ignore[assignment]
+request_latency = prometheus_client.Histogram(
+    "request_latency_seconds",
+    "Of successful requests",
+    buckets=[size / 10_000 for size in SIZES],
+    registry=registry,
+)
+batch_requests = prometheus_client.Histogram(
+    "batch_requests", "Requests per batch", buckets=SIZES, registry=registry
+)
+batch_rows = prometheus_client.Histogram(
+    "batch_rows", "Rows per batch", buckets=SIZES, registry=registry
+)
 
 
 async def report(reports: socket.socket) -> None:
-    """Tell the supervisor, twice per second, that this worker runs, and what it counted."""
+    """Tell the supervisor, twice per second, that this worker runs, and what it has counted."""
     while True:
         try:
-            reports.send(pickle.dumps((os.getpid(), dict(counts))))
-            counts.clear()
+            reports.send(pickle.dumps((os.getpid(), list(registry.collect()))))
         except BlockingIOError:  # the supervisor is suspended
             pass
         except OSError:  # the supervisor is dead: nobody else would end this process
@@ -39,20 +41,19 @@ async def report(reports: socket.socket) -> None:
 
 
 class Totals:
-    """A collector of prometheus_client: the sums over all workers."""
+    """A collector of prometheus_client: the sums over all workers, also those that have ended."""
+
+    def __init__(self) -> None:
+        self.by_worker: dict[int, list[Metric]] = {}  # the last report of each process id
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics. The buckets of Prometheus are cumulative."""
-        totals = Counter(dict(counts))  # a copy, as another thread goes on counting
-        errors = CounterMetricFamily("http_errors_total", "Responses by status", labels=["status"])
-        for (metric, status), count in totals.items():
-            if metric == "http_errors_total":
-                errors.add_metric([str(status)], count)
-        yield errors
-        for metric, bounds in BUCKETS.items():
-            buckets = []
-            cumulative = 0
-            for bucket, bound in enumerate([*bounds, "+Inf"]):
-                cumulative += totals[metric, bucket]
-                buckets.append((str(bound), cumulative))
-            yield HistogramMetricFamily(metric, metric, buckets, totals[metric, "sum"])
+        """Yield the metrics."""
+        for metrics in zip(*list(self.by_worker.values()), strict=True):
+            totals: Counter[tuple[str, tuple]] = Counter()
+            for metric in metrics:
+                for sample in metric.samples:
+                    totals[sample.name, tuple(sample.labels.items())] += sample.value
+            total = Metric(metrics[0].name, metrics[0].documentation, metrics[0].type)
+            for (name, labels), value in totals.items():
+                total.add_sample(name, dict(labels), value)
+            yield total

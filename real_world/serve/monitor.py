@@ -9,7 +9,7 @@ import socket
 import time
 
 from real_world.common import show
-from real_world.serve.metrics import counts
+from real_world.serve.metrics import Totals
 
 MAX_SILENT_ROUNDS = 50  # of 0.1 s in which a worker does not report
 MAX_DEATHS, PERIOD = 5, 300.0  # end the service if so many workers die in so many seconds
@@ -33,6 +33,7 @@ class Monitor:
         self.receiver, self.reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.receiver.setblocking(False)
         self.reports.setblocking(False)
+        self.totals = Totals()
         self.children: dict[int | None, multiprocessing.process.BaseProcess] = {}
         self.silent_rounds: dict[int | None, int] = {}  # since a worker's last report
         self.deaths: list[float] = []
@@ -45,8 +46,7 @@ class Monitor:
             time.sleep(0.1)
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    pid, reported = pickle.loads(self.receiver.recv(2**16))
-                    counts.update(reported)
+                    pid, self.totals.by_worker[pid] = pickle.loads(self.receiver.recv(2**16))
                     self.silent_rounds[pid] = 0
             if self.url and len(self.silent_rounds) == self.workers:
                 announce("worker processes", ", ".join(map(str, self.silent_rounds)))
