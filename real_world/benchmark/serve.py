@@ -1,10 +1,11 @@
-"""The throughput and latency of serve and of a FastAPI endpoint, under load by wrk."""
+"""The throughput and latency of serve, FastAPI and LitServe, under load by wrk."""
 
 import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,7 @@ SERVERS = {
     "serve, 1 worker": (*SERVE, "--workers", "1"),
     f"FastAPI, {CORES} workers": (*FASTAPI, "--workers", CORES),
     "FastAPI, 1 worker": FASTAPI,
+    f"LitServe, {CORES} workers": ("real_world.benchmark.litserve_app", "--workers", CORES),
 }
 BASELINE = "FastAPI, 1 worker"
 CONNECTIONS = (1, 32, 128)
@@ -69,7 +71,9 @@ def run_server(module: str, *options: str) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", module, "--port", str(port), *options]
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as server:
         try:
             while not answers(url):
                 if server.poll() is not None:
@@ -77,7 +81,8 @@ def run_server(module: str, *options: str) -> Iterator[str]:
                 time.sleep(0.1)
             yield url
         finally:
-            server.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)  # also the workers, which LitServe leaves
 
 
 def generate_load(url: str, connections: int, seconds: int) -> dict[str, float]:
@@ -134,7 +139,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Save a figure: throughput and p99 latency by the number of connections."""
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = ("C0o-", "C0o--", "C1s-", "C1s--")
+    styles = ("C0o-", "C0o--", "C1s-", "C1s--", "C2^-")
     for (server, by_connections), style in zip(results.items(), styles, strict=True):
         loads = by_connections.values()
         left.plot(
