@@ -13,7 +13,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lesson_code as lesson
-from real_world.benchmark import cuda, fastapi_app, harness, inference, scaling, serve, step
+from real_world.benchmark import (
+    cuda,
+    fastapi_app,
+    harness,
+    inference,
+    litserve_app,
+    scaling,
+    serve,
+    step,
+)
 from real_world.benchmark.__main__ import load_entry, main
 from real_world.benchmark.frameworks import FRAMEWORKS, Size, build_training
 
@@ -92,15 +101,21 @@ def test_flops_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == TINY.flops
 
 
-def test_fastapi_endpoint_answers_like_predict(tmp_path, monkeypatch):
+def test_other_servers_answer_like_predict(tmp_path, monkeypatch):
     model, optimizer = lesson.build_model(0, "cpu")
     lesson.save_checkpoint(tmp_path / "lesson.pt", model, optimizer, [])
     monkeypatch.setattr(lesson, "OUTPUT", tmp_path)
-    client = TestClient(fastapi_app.create_app())
-    answer = client.post("/predict", json=json.loads(serve.BODY)).json()
-    classes, probabilities = lesson.predict(model, torch.tensor([[0.5, -1.2, 0.3, 0.8]]))
-    assert answer["classes"] == classes.tolist()
-    torch.testing.assert_close(torch.tensor(answer["probabilities"]), probabilities)
+    request = json.loads(serve.BODY)
+    answers = [TestClient(fastapi_app.create_app()).post("/predict", json=request).json()]
+    api = litserve_app.Predict(max_batch_size=2, batch_timeout=1)
+    api.setup("cpu")
+    other = {"features": [[1, 2, 3, 4], [5, 6, 7, 8]]}
+    batch = api.batch([api.decode_request(other), api.decode_request(request)])
+    answers.append(api.encode_response(api.unbatch(api.predict(batch))[1]))
+    classes, probabilities = lesson.predict(model, torch.tensor(request["features"]))
+    for answer in answers:
+        assert answer["classes"] == classes.tolist()
+        torch.testing.assert_close(torch.tensor(answer["probabilities"]), probabilities)
 
 
 # Entries, with fewer candidates
