@@ -1,5 +1,6 @@
 """The training_loop example: what each changed loop computes, and which lines it changes."""
 
+import contextlib
 import inspect
 import math
 import re
@@ -8,8 +9,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+import torch.distributed as dist
 from readmes import assert_transcript
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 import lesson_code as lesson
@@ -132,6 +136,47 @@ def test_accumulation_equals_the_large_batch(micro_batch_size):
     )
     torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=0, atol=1e-12)
     assert losses == pytest.approx(expected, abs=1e-12)
+
+
+def gradients(model):
+    return parameters_to_vector([parameter.grad for parameter in model.parameters()])
+
+
+def count_all_reduce(buckets, bucket):
+    buckets.append(bucket.index())
+    return allreduce_hook(dist.group.WORLD, bucket)
+
+
+def accumulate_on_rank(rank, path):
+    """Accumulate the gradients of 8 micro-batches with DDP, without and with no_sync()."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    X_double, y = X[:256].double(), Y[:256]
+    X_shard, y_shard = X_double.chunk(2)[rank], y.chunk(2)[rank]
+    one_process, _ = build_model(0)
+    cross_entropy(one_process.double()(X_double), y).backward()
+    expected = gradients(one_process)
+
+    buckets = []
+    model = DistributedDataParallel(build_model(0)[0].double())
+    model.register_comm_hook(buckets, count_all_reduce)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    loops.train_with_accumulation(model, [(X_shard, y_shard)], cross_entropy, sgd, 1)
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-12)
+    assert len(buckets) == 8
+
+    buckets.clear()
+    model.zero_grad()
+    for part in range(8):
+        micro_X, micro_y = X_shard.chunk(8)[part], y_shard.chunk(8)[part]
+        with model.no_sync() if part < 7 else contextlib.nullcontext():
+            (cross_entropy(model(micro_X), micro_y) / 8).backward()
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-12)
+    assert len(buckets) == 1
+    dist.destroy_process_group()
+
+
+def test_accumulation_under_ddp_with_one_all_reduce_per_step(tmp_path):
+    torch.multiprocessing.spawn(accumulate_on_rank, args=(tmp_path / "store",), nprocs=2)
 
 
 def test_scheduler_is_an_on_step_of_train():
