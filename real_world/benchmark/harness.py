@@ -38,15 +38,16 @@ Stats = dict[str, float]  # median, min and max
 
 # %% Measure
 def interleave(
-    candidates: Mapping[str, Callable[[], T]], rounds: int, title: str
+    candidates: Mapping[str, Callable[[], T]], rounds: int, title: str, pause: float = 0
 ) -> dict[str, list[T]]:
-    """Call every candidate once per round; return what each returned.
+    """Call every candidate once per round, each after a pause; return what each returned.
 
     In this order, another process that runs for a while slows down all candidates, not just one.
     """
     values: dict[str, list[T]] = {name: [] for name in candidates}
     for _ in tqdm(range(rounds), title, leave=False, disable=None):
         for name, measure in candidates.items():
+            time.sleep(pause)
             values[name].append(measure())
     return values
 
@@ -58,10 +59,10 @@ def summarize(values: Sequence[float]) -> Stats:
 
 
 def interleave_stats(
-    candidates: Mapping[str, Callable[[], float]], rounds: int, title: str
+    candidates: Mapping[str, Callable[[], float]], rounds: int, title: str, pause: float = 0
 ) -> dict[str, Stats]:
-    """Call every candidate once per round; return the summary of what each returned."""
-    values = interleave(candidates, rounds, title)
+    """Call every candidate as interleave() does; return the summary of what each returned."""
+    values = interleave(candidates, rounds, title, pause)
     return {name: summarize(returned) for name, returned in values.items()}
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,19 +40,13 @@ PAUSE = 0.5  # seconds: the threads of the process before keep spinning for a wh
 # %% Measure
 def time_steps(size: Size, rounds: int, title: str) -> dict[str, Stats]:
     """Return the seconds per step by framework, each in a process of its own."""
-
-    def pause_and_measure(measure: Callable[[], float]) -> float:
-        time.sleep(PAUSE)
-        return measure()
-
     with contextlib.ExitStack() as stack:
         candidates = {}
         for framework in FRAMEWORKS:
             numbers = [str(number) for number in size]
             command = [sys.executable, "-m", frameworks.__name__, framework, *numbers]
-            measure = stack.enter_context(worker(command))
-            candidates[framework] = functools.partial(pause_and_measure, measure)
-        return interleave_stats(candidates, rounds, title)
+            candidates[framework] = stack.enter_context(worker(command))
+        return interleave_stats(candidates, rounds, title, PAUSE)
 
 
 def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
@@ -74,7 +67,6 @@ def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
     }
 
     def flops_per_second(product: Callable[[], object]) -> float:
-        time.sleep(PAUSE)
         return 2 * n**3 / time_call(product)
 
     for product in products.values():
@@ -82,7 +74,7 @@ def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
     candidates = {
         name: functools.partial(flops_per_second, product) for name, product in products.items()
     }
-    return interleave_stats(candidates, rounds, "matmul")
+    return interleave_stats(candidates, rounds, "matmul", PAUSE)
 
 
 def measure(quick: bool) -> dict[str, Any]:
