@@ -2,6 +2,7 @@
 
 torchrun sets environment variables in each process: RANK (its number), WORLD_SIZE (how many there
 are), LOCAL_RANK (its number on this machine), MASTER_ADDR and MASTER_PORT (where they meet).
+Other launchers can set them too.
 """
 
 import os
@@ -26,16 +27,25 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def init_process_group(device: torch.device, timeout: int) -> None:
-    """Join the other processes, within `timeout` seconds; without torchrun there are none."""
+    """Join the other processes, within `timeout` seconds. Without a launcher, there are none.
+
+    Raises CheckFailed if a variable is missing or wrong, or if a process does not come.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = dist.get_default_backend_for_device(device)  # nccl for GPUs, gloo for CPUs
     device_id = device if device.type == "cuda" else None
-    if "RANK" in os.environ:
-        threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if dist.is_torchelastic_launched():  # by torchrun
+        threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
+    except (ValueError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"rank {os.environ['RANK']} could not join the other processes: {reason}"
+        raise lesson.CheckFailed(message) from None
 
 
 def exit_with_parent(parent: int) -> None:

@@ -147,6 +147,27 @@ def test_ranks_with_different_options_are_reported(tmp_path):
             assert "error: epochs is 6 on rank 1, but 5 on rank 0\n" in output
 
 
+def test_missing_rank_ends_the_others(tmp_path):
+    rendezvous = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, *EXAMPLE, "--timeout", 4, "--output", tmp_path]
+    with (
+        start(*command, RANK="0", **rendezvous) as rank0,
+        start(*command, RANK="1", **rendezvous) as rank1,
+    ):
+        status, output = finish(rank0)
+        assert (status, "Traceback" in output) == (1, False)
+        assert "\nerror: rank 0 could not join the other processes: " in f"\n{output}"
+        assert "2/3 clients joined" in output
+        status, output = finish(rank1)
+        assert (status, "Traceback" in output) == (1, False)
+
+
+def test_missing_variable_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(lesson.CheckFailed, match="WORLD_SIZE expected, but not set"):
+        distributed.main(["--device", "cpu", "--output", str(tmp_path)])
+
+
 # Fully sharded
 
 
