@@ -10,6 +10,7 @@ The prompt is the digit to generate.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.guidance is not None and args.prompt is None:
         parser.error("argument --guidance: requires --prompt")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        parser.error("argument --guidance: must be a finite number, at least 0")
     return args
 
 

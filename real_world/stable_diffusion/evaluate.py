@@ -9,10 +9,12 @@ import lesson_code as lesson
 from real_world.digits.model import build_model
 from real_world.stable_diffusion.data import ImageData
 from real_world.stable_diffusion.pipeline import LatentDiffusion
-from real_world.stable_diffusion.scheduler import NoiseScheduler
+from real_world.stable_diffusion.scheduler import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    NoiseScheduler,
+)
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 GUIDANCE_SCALES = (0.0, 1.0, 3.0, 8.0)
 
 

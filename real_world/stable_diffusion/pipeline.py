@@ -68,7 +68,7 @@ class LatentDiffusion(nn.Module):
         # One batch for both predictions, without a prompt and with it.
         prompts = torch.cat((torch.full_like(prompts, NULL_CLASS), prompts))  # (2 * batch,)
         timesteps = self.scheduler.ddim_timesteps(num_inference_steps)
-        for timestep, prev_timestep in itertools.pairwise([*timesteps, 0]):
+        for timestep, prev_timestep in itertools.pairwise([*timesteps, -1]):
             latent_input = torch.cat((latents, latents))  # (2 * batch, 2, 4, 4)
             inputs = UNetInput(latent_input, torch.full_like(prompts, timestep), prompts)
             uncond, cond = self.unet(inputs).chunk(2)  # (batch, 2, 4, 4) each

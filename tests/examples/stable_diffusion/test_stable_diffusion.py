@@ -1,10 +1,13 @@
-"""The Stable Diffusion example: scheduler, models, training, generation, command line."""
+"""The Stable Diffusion example: models, training, generation, command line."""
 
+import contextlib
+import io
 import re
 
 import matplotlib.image
 import pytest
 import torch
+from readmes import assert_transcript
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -27,12 +30,17 @@ def data():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run the whole example, whose checks must pass, with a short training; return its folder."""
+    """Run the whole example, whose checks must pass, with a short training.
+
+    Returns the folder with its files and `output.txt`, what it printed.
+    """
     folder = tmp_path_factory.mktemp("stable_diffusion")
     options = ["--train-steps", "200", "--inference-steps", "10", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(output):
         monkeypatch.setattr(__main__, "VAE_EPOCHS", 15)
         main([*options, "--output", str(folder)])
+    (folder / "output.txt").write_text(output.getvalue())
     return folder
 
 
@@ -40,55 +48,6 @@ def run(tmp_path_factory):
 def model(run):
     model, _ = load_model(run / "stable_diffusion.safetensors")
     return model
-
-
-# Scheduler
-
-
-@pytest.mark.parametrize("beta_schedule", evaluate.BETA_SCHEDULES)
-@pytest.mark.parametrize("prediction_type", evaluate.PREDICTION_TYPES)
-def test_schedulers_are_equal_to_those_of_diffusers(beta_schedule, prediction_type):
-    assert evaluate.compare_with_diffusers(beta_schedule, prediction_type) == 0
-
-
-def test_comparison_with_diffusers_finds_a_wrong_scheduler(monkeypatch):
-    monkeypatch.setattr(NoiseScheduler, "ddim_timesteps", lambda *args: list(range(980, -1, -20)))
-    with pytest.raises(CheckFailed, match="linear, epsilon"):
-        evaluate.check_schedulers()
-
-
-@pytest.mark.parametrize("prediction_type", evaluate.PREDICTION_TYPES)
-@pytest.mark.parametrize("timestep", [999, 500, 100])
-def test_ddim_step_with_eta_1_is_a_step_of_ddpm(prediction_type, timestep):
-    from diffusers import DDPMScheduler
-
-    ours = NoiseScheduler("linear", 0.0001, 0.02, prediction_type=prediction_type)
-    theirs = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
-    generator = torch.Generator()
-    noise = torch.randn(6, 2, 4, 4, generator=generator.manual_seed(0))
-    latents, output = torch.randn(2, 6, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    step = ours.ddim_step(output, timestep, timestep - 1, latents, 1.0, noise)
-    expected = theirs.step(output, timestep, latents, generator=generator.manual_seed(0))
-    torch.testing.assert_close(step, expected.prev_sample, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("prediction_type", ["sample", "v-prediction", ""])
-def test_unknown_prediction_type_raises_value_error(prediction_type):
-    with pytest.raises(ValueError, match=f"unknown prediction_type '{prediction_type}'"):
-        NoiseScheduler(prediction_type=prediction_type)
-
-
-def test_ddim_step_with_eta_needs_noise():
-    latents = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(ValueError, match="eta 1 needs noise"):
-        NoiseScheduler().ddim_step(latents, 500, 480, latents, eta=1)
-
-
-@pytest.mark.parametrize("num_inference_steps", [-1, 0, 1000, 2000])
-def test_number_of_inference_steps_is_limited(num_inference_steps):
-    assert NoiseScheduler().ddim_timesteps(999) == list(range(999, 0, -1))
-    with pytest.raises(ValueError, match="num_inference_steps must be from 1 to 999"):
-        NoiseScheduler().ddim_timesteps(num_inference_steps)
 
 
 # Models
@@ -185,23 +144,25 @@ def test_unet_ends_with_the_moving_average_of_its_weights():
 
 
 class OracleUNet(nn.Module):
-    """Predicts the noise that leads to a known image for each prompt, and for none."""
+    """Predicts what leads to a known image for each prompt, and for none."""
 
-    def __init__(self, latents):
+    def __init__(self, latents, scheduler):
         super().__init__()
         self.latents = latents  # (11, 2, 4, 4)
-        self.scheduler = NoiseScheduler()
+        self.scheduler = scheduler
 
     def forward(self, inputs):
         signal_rate, noise_rate = self.scheduler.sqrt_alpha_prods(inputs.timesteps)
-        return (inputs.latents - signal_rate * self.latents[inputs.prompts]) / noise_rate
+        latents = self.latents[inputs.prompts]
+        noise = (inputs.latents - signal_rate * latents) / noise_rate
+        return self.scheduler.get_target(latents, noise, inputs.timesteps)
 
 
 @pytest.mark.parametrize("guidance_scale", [0, 0.5, 1, 3])
 def test_guidance_moves_from_the_unconditional_to_the_conditional_prediction(guidance_scale):
     latents = torch.randn(11, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     model = LatentDiffusion()
-    model.unet = OracleUNet(latents)
+    model.unet = OracleUNet(latents, model.scheduler)
     prompts = torch.tensor([3, 3, 8])
     history = []
     model.generate(prompts, guidance_scale, num_inference_steps=20, on_step_end=history.append)
@@ -209,6 +170,24 @@ def test_guidance_moves_from_the_unconditional_to_the_conditional_prediction(gui
     uncond, cond = latents[NULL_CLASS], latents[prompts]
     expected = uncond + guidance_scale * (cond - uncond)
     torch.testing.assert_close(history[-1], expected, atol=0.15, rtol=0)
+
+
+def test_generation_follows_the_schedule_of_the_model():
+    latents = torch.randn(11, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = LatentDiffusion()
+    model.scheduler = NoiseScheduler(
+        prediction_type="v_prediction",
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    model.unet = OracleUNet(latents, model.scheduler)
+    timesteps, history = [], []
+    model.unet.register_forward_hook(lambda unet, args, _: timesteps.append(args[0].timesteps[0]))
+    model.generate(torch.tensor([3, 8]), 1, num_inference_steps=3, on_step_end=history.append)
+    assert timesteps == [999, 666, 332]
+    # With set_alpha_to_one, no noise is left.
+    torch.testing.assert_close(history[-1], latents[[3, 8]], atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -219,7 +198,7 @@ def copying_model(run, data):
     uncond = latents.mean(dim=0, keepdim=True)
     first = [int((data.y_train == digit).nonzero()[0]) for digit in range(10)]
     cond = uncond + (latents[first] - uncond) / 3
-    model.unet = OracleUNet(torch.cat((cond, uncond)))
+    model.unet = OracleUNet(torch.cat((cond, uncond)), model.scheduler)
     return model
 
 
@@ -263,7 +242,11 @@ def test_run_saves_model_and_figure(run):
     assert losses["vae"][-1] < losses["vae"][0] / 5
     assert sum(losses["unet"][-10:]) < sum(losses["unet"][:10]) / 4
     assert matplotlib.image.imread(run / "stable_diffusion.png").shape == (780, 1440, 4)
-    assert {path.suffix for path in run.iterdir()} == {".png", ".safetensors"}
+    assert {path.suffix for path in run.iterdir()} == {".png", ".safetensors", ".txt"}
+
+
+def test_readme(run):
+    assert_transcript("stable_diffusion", (run / "output.txt").read_text())
 
 
 def test_prompt_generates_images_with_the_saved_model(run, model, capsys):
@@ -294,6 +277,8 @@ def test_truncated_checkpoint_raises_checkpoint_error(run, tmp_path, size):
     [
         ["--prompt", "10"],
         ["--guidance", "2"],
+        ["--prompt", "1", "--guidance", "nan"],
+        ["--prompt", "1", "--guidance", "-1"],
         ["--prompt", "1", "--inference-steps", "334"],
         ["--train-steps", "3"],
     ],
