@@ -163,9 +163,9 @@ class NoiseScheduler:
             timesteps = np.linspace(0, total - 1, num_inference_steps).round()[::-1]
         first, last = int(timesteps[0]), int(timesteps[-1])
         if first >= total or last < 0:
-            message = f"num_inference_steps {num_inference_steps}, steps_offset {self.steps_offset}"
-            needed = f"need timesteps {last} to {first}, but there are 0 to {total - 1}"
-            raise ValueError(f"{message}: {needed}")
+            options = f"num_inference_steps {num_inference_steps} with steps_offset"
+            timestep_range = f"timesteps {last} to {first}; there are 0 to {total - 1}"
+            raise ValueError(f"{options} {self.steps_offset} needs {timestep_range}")
         return timesteps.astype(int).tolist()
 
     def ddim_step(
