@@ -368,9 +368,14 @@ def answers(running: Server) -> bool:
 
 
 @pytest.mark.parametrize(
-    "how", ["supervisor killed", "no file left for a new worker", "output closed"]
+    ("how", "status"),
+    [
+        ("supervisor killed", -signal.SIGKILL),
+        ("no file left for a new worker", 1),
+        ("output closed", 0),
+    ],
 )
-def test_workers_end_with_the_supervisor(checkpoint, how):
+def test_workers_end_with_the_supervisor(checkpoint, how, status):
     with Server("--workers", 2, "--checkpoint", checkpoint) as running:
         if how == "supervisor killed":
             running.process.kill()
@@ -383,7 +388,7 @@ def test_workers_end_with_the_supervisor(checkpoint, how):
             wait_until(lambda: not is_running(running.workers[0]))
             wait_until(lambda: answers(running))
             running.process.terminate()
-        running.process.wait()
+        assert running.process.wait() == status
         wait_until(lambda: not any(map(is_running, running.workers)))
 
 
