@@ -60,7 +60,7 @@ def read_config(path: Path) -> LlamaConfig:
     content = json.loads(path.read_text())
     requirements = {
         "model_type 'llama'": content.get("model_type") == "llama",
-        "hidden_act 'silu'": content.get("hidden_act", "silu") == "silu",
+        "hidden_act 'silu'": content.get("hidden_act", "silu") in ("silu", "swish"),  # synonyms
         "attention_bias False": not content.get("attention_bias"),
         "mlp_bias False": not content.get("mlp_bias"),
         "is_causal True": content.get("is_causal", True),
@@ -86,6 +86,7 @@ def read_config(path: Path) -> LlamaConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=content.get("head_dim") or content["hidden_size"] // heads,
+        max_position_embeddings=content.get("max_position_embeddings") or 2048,
         rms_norm_eps=float(content.get("rms_norm_eps", 1e-6)),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,

@@ -34,6 +34,7 @@ class LlamaConfig:
     num_attention_heads: int  # number of query heads
     num_key_value_heads: int  # number of key and value heads; each serves several query heads
     head_dim: int  # width of a head, usually hidden_size / num_attention_heads
+    max_position_embeddings: int = 8192  # longest sequence, prompt and answer together
     rms_norm_eps: float = 1e-5  # added to the mean square, against division by zero
     rope_theta: float = 500_000.0  # base of the rotary embedding's frequencies
     rope_scaling: RopeScaling | LinearRopeScaling | None = None  # None: frequencies as they are
@@ -61,6 +62,7 @@ LLAMA_3_1_8B = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
     head_dim=128,
+    max_position_embeddings=131_072,
     rope_scaling=RopeScaling(
         factor=8.0,
         low_freq_factor=1.0,

@@ -29,6 +29,7 @@ READ = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 12,
+    "max_position_embeddings": 16,
     "rms_norm_eps": 0.1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
     "tie_word_embeddings": True,
@@ -45,7 +46,6 @@ NO_EFFECT = {  # on logits
     "initializer_range": 0.5,  # for training
     "is_encoder_decoder": True,
     "label2id": {"a": 0},
-    "max_position_embeddings": 16,  # but for llama3 scaling, below
     "output_hidden_states": True,
     "pad_token_id": 3,
     "pretraining_tp": 2,
