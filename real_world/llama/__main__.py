@@ -3,6 +3,7 @@
     python -m real_world.llama                                     all of it; trains for a minute
     python -m real_world.llama --prompt "A class"                  generate with the trained model
     python -m real_world.llama --prompt "A class" --weights DIR    with a Llama from Hugging Face
+    python -m real_world.llama --prompt "Hello" --pretrained smollm2    with SmolLM2, a chat model
 
 The article: "Every production PyTorch model, from a two-layer classifier to a 70-billion-parameter
 language model, follows this exact same pattern." This is that language model: its sizes are
@@ -19,11 +20,12 @@ import torch
 
 import lesson_code as lesson
 from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
+from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.costs import compare_decoding, num_parameters, print_costs
 from real_world.llama.data import byte_entropies, load_corpus, train_val_split
-from real_world.llama.generate import SamplingParams, stream_generate
+from real_world.llama.generate import SamplingParams, printable, stream_generate
 from real_world.llama.model import Llama
 from real_world.llama.parity import check_parity
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
@@ -41,43 +43,76 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("llama", "Llama 3 in miniature: parity, training, generation, costs.")
     add = parser.add_argument
     add("--steps", metavar="N", type=bounded_int(20), default=STEPS, help="default: 1000")
-    add("--prompt", metavar="TEXT", help="only continue this text, with the trained model")
-    add("--weights", metavar="DIR", type=Path, help="with --prompt: a model from Hugging Face")
+    add("--prompt", metavar="TEXT", help="only continue or answer this text")
+    source = parser.add_mutually_exclusive_group()
+    weights = "with --prompt: a model in Hugging Face's format (default: the trained model)"
+    source.add_argument("--weights", metavar="DIR", type=Path, help=weights)
+    pretrained = "with --prompt: downloaded once, 93 MB"
+    source.add_argument("--pretrained", choices=["smollm2"], help=pretrained)
+    add("--no-chat", action="store_true", help="continue the prompt, without a chat template")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text")
     add("--dtype", choices=DTYPES, default="auto", help="with --prompt (default: auto, the files')")
     add("--max-new-tokens", metavar="N", type=bounded_int(1), default=240, help="default: 240")
     add("--temperature", metavar="T", type=float, default=0.8, help="0: greedy (default: 0.8)")
     add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
     add("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     args = parser.parse_args(argv)
-    if args.weights and args.prompt is None:
-        parser.error("--weights requires --prompt")
-    if args.dtype != "auto" and args.prompt is None:
-        parser.error("--dtype requires --prompt")
+    if args.prompt is None:
+        for option in ("weights", "pretrained", "no_chat", "stop"):
+            if getattr(args, option):
+                parser.error(f"--{option.replace('_', '-')} requires --prompt")
+        if args.dtype != "auto":
+            parser.error("--dtype requires --prompt")
     if not 0 <= args.temperature < math.inf:
         parser.error("argument --temperature: must be a finite number, at least 0")
     if not 0 < args.top_p <= 1:
         parser.error("argument --top-p: must be above 0 and at most 1")
     if args.prompt == "":
         parser.error("argument --prompt: must not be empty")
+    if "" in args.stop:
+        parser.error("argument --stop: must not be empty")
     return args
 
 
-def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
-    """Print a prompt and what a model from a folder generates after it."""
-    folder = args.weights or args.output / "llama"
-    if not args.weights and not (folder / "config.json").exists():
+def model_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of the model that --weights or --pretrained names, or the trained one."""
+    if args.weights:
+        return args.weights
+    if args.pretrained:
+        from real_world.llama.pretrained import download_smollm2
+
+        return download_smollm2(args.output)
+    folder = args.output / "llama"
+    if not (folder / "config.json").exists():
         message = f"no trained model in {folder}; 'python -m real_world.llama' trains one"
         raise lesson.CheckpointError(message)
+    return folder
+
+
+def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
+    """Print a model's answer to a prompt, or without a chat template the text that continues it."""
+    folder = model_folder(args)
     model = load_pretrained(folder, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    for piece in stream_generate(model, tokenizer, args.prompt, args.max_new_tokens, params):
+    chat = None
+    if not args.no_chat:
+        chat = apply_chat_template(folder, [{"role": "user", "content": args.prompt}])
+    if chat is None:
+        tokens = tokenizer.encode(args.prompt)
+        print(printable(args.prompt), end="", flush=True)
+    else:
+        tokens = tokenizer.encode(chat, add_special_tokens=False)
+    for piece in stream_generate(model, tokenizer, tokens, args.max_new_tokens, params, args.stop):
         print(piece, end="", flush=True)
     print()
 
 
 def print_sample(title: str, model: Llama, max_new_tokens: int, params: SamplingParams) -> None:
     print(f"\n  {title}")
-    text = "".join(stream_generate(model, ByteTokenizer(), "The ", max_new_tokens, params))
+    tokenizer, text = ByteTokenizer(), "The "
+    text += "".join(
+        stream_generate(model, tokenizer, tokenizer.encode(text), max_new_tokens, params)
+    )
     for paragraph in text.split("\n"):
         for line in textwrap.wrap(paragraph, 72) or [""]:
             print(f"    | {line}".rstrip())

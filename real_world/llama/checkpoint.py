@@ -55,6 +55,12 @@ def read_rope(
     return theta, scaling
 
 
+def read_eos_token_ids(content: dict) -> tuple[int, ...]:
+    """Return eos_token_id: one number, a list, or none."""
+    eos = content.get("eos_token_id")
+    return (eos,) if isinstance(eos, int) else tuple(eos or ())
+
+
 def read_config(path: Path) -> LlamaConfig:
     """Read a config.json. Raises CheckpointError if it describes a model that is not supported."""
     content = json.loads(path.read_text())
@@ -77,7 +83,6 @@ def read_config(path: Path) -> LlamaConfig:
     kv_heads = content.get("num_key_value_heads") or heads
     multiple = "num_attention_heads that are a multiple of num_key_value_heads"
     check_requirements(path, {multiple: heads % kv_heads == 0})
-    eos = content.get("eos_token_id")
     return LlamaConfig(  # the defaults are those of transformers
         vocab_size=content["vocab_size"],
         hidden_size=content["hidden_size"],
@@ -91,7 +96,7 @@ def read_config(path: Path) -> LlamaConfig:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_word_embeddings=content.get("tie_word_embeddings", False),
-        eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
+        eos_token_ids=read_eos_token_ids(content),
     )
 
 
@@ -169,6 +174,9 @@ def load_pretrained(
     path = folder / "config.json"
     try:
         config = read_config(path)
+        path = folder / "generation_config.json"  # instruct models end a turn by another token
+        if path.exists() and (eos := read_eos_token_ids(json.loads(path.read_text()))):
+            config = replace(config, eos_token_ids=eos)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of a Llama: {error!r}") from None
     state_dict = load_weights(folder, device, dtype)

@@ -1,10 +1,12 @@
 """Generation, token by token, with a KV cache."""
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from real_world.llama.model import KVCache, Llama
 from real_world.llama.tokenizer import Tokenizer
@@ -66,15 +68,33 @@ def make_caches(model: Llama, batch_size: int, max_length: int) -> list[KVCache]
     return [KVCache(model.config, batch_size, max_length, like=weight) for _ in model.model.layers]
 
 
-def prefill(model: Llama, prompt: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
+def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts as one batch, (batch, length), and its attention mask, False for padding."""
+    length = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    starts = torch.tensor([[length - len(prompt)] for prompt in prompts])  # (batch, 1)
+    return tokens, torch.arange(length) >= starts
+
+
+def prefill(
+    model: Llama,
+    prompt: torch.Tensor,
+    caches: list[KVCache] | None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Process a whole prompt, (batch, length); return the next token's logits."""
-    x = model.model(prompt, caches)  # (batch, length, hidden_size)
+    x = model.model(prompt, caches, attention_mask)  # (batch, length, hidden_size)
     return model.lm_head(x[:, -1])  # (batch, vocab_size): only the last position is needed
 
 
-def decode_one_token(model: Llama, token: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+def decode_one_token(
+    model: Llama,
+    token: torch.Tensor,
+    caches: list[KVCache],
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Process one token, (batch,), after those in the caches; return the next one's logits."""
-    return model(token[:, None], caches)[:, 0]  # (batch, vocab_size)
+    return model(token[:, None], caches, attention_mask)[:, 0]  # (batch, vocab_size)
 
 
 @torch.no_grad()
@@ -84,30 +104,48 @@ def generate(
     max_new_tokens: int,
     params: SamplingParams = GREEDY,
     use_cache: bool = True,
+    attention_mask: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield the tokens that continue a prompt, one after another, each (batch,) int64.
+    """Yield the tokens that continue prompts, one after another, each (batch,) int64.
+
+    After its first end-of-sequence token, a row has only such tokens. When all rows have ended,
+    generation stops.
 
     Args:
         model: a Llama.
-        prompt: (batch, length) int64.
-        max_new_tokens: the number of tokens to generate.
+        prompt: (batch, length) int64; shorter prompts are padded on the left.
+        max_new_tokens: the largest number of tokens to generate.
         params: temperature, top_k, top_p, and the seed.
         use_cache: if False, all tokens are processed again for every new one. Slow, for comparison.
+        attention_mask: (batch, length) bool, False for padding. None: no padding.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    rng = torch.Generator(prompt.device).manual_seed(params.seed)
     batch_size, length = prompt.shape
+    limit = model.config.max_position_embeddings
+    if length + max_new_tokens > limit:
+        total = f"{length} tokens of the prompt and {max_new_tokens} new ones"
+        warnings.warn(f"{total} exceed max_position_embeddings, {limit}", stacklevel=3)
+    rng = torch.Generator(prompt.device).manual_seed(params.seed)
+    eos = torch.tensor(model.config.eos_token_ids, device=prompt.device)
+    finished = torch.zeros(batch_size, dtype=torch.bool, device=prompt.device)
     caches = make_caches(model, batch_size, length + max_new_tokens) if use_cache else None
     tokens = prompt
     for step in range(max_new_tokens):
         if caches is None or step == 0:
-            logits = prefill(model, tokens, caches)
+            logits = prefill(model, tokens, caches, attention_mask)
         else:
-            logits = decode_one_token(model, tokens[:, -1], caches)
+            logits = decode_one_token(model, tokens[:, -1], caches, attention_mask)
         next_token = sample(logits, params, rng)
+        if len(eos):
+            next_token = next_token.where(~finished, eos[0])
+            finished |= torch.isin(next_token, eos)
         yield next_token
+        if len(eos) and finished.all():
+            return
         tokens = torch.cat((tokens, next_token[:, None]), dim=1)  # (batch, length + step + 1)
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, 1), value=True)  # as tokens
 
 
 def printable(text: str) -> str:
@@ -116,21 +154,41 @@ def printable(text: str) -> str:
     return "".join(c if c == "\n" or c.isprintable() else "." for c in text)
 
 
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """Return how many characters at the end of a text may be the start of a stop string."""
+    starts = [string[:n] for string in stop for n in range(1, len(string))]
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
+
+
 def stream_generate(
-    model: Llama, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, params: SamplingParams
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    max_new_tokens: int,
+    params: SamplingParams,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Yield a prompt and the text that continues it, in pieces, until an end-of-sequence token."""
-    tokens = tokenizer.encode(prompt)
-    text = tokenizer.decode(tokens)
-    yield printable(text)
-    position = len(text)
-    batch = torch.tensor([tokens], device=model.lm_head.weight.device)  # (1, length)
+    """Yield the text that continues a prompt, in pieces.
+
+    It ends before an end-of-sequence token or the first of the stop strings, which may begin in
+    one token and end in another.
+    """
+    tokens = list(prompt)
+    start = len(tokenizer.decode(prompt))
+    text = ""  # all that is generated
+    position = 0  # up to which it has been yielded
+    batch = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, length)
     for token in generate(model, batch, max_new_tokens, params):
         tokens.append(int(token))
         if tokens[-1] in model.config.eos_token_ids:
             break
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens)[start:]
+        found = [text.index(string) for string in stop if string in text]
+        if found:
+            text = text[: min(found)]
+            break
         if not text.endswith("\ufffd"):  # a part of a character: wait for its other bytes
-            yield printable(text[position:])
-            position = len(text)
+            end = len(text) - held_back(text, stop)
+            yield printable(text[position:end])
+            position = end
     yield printable(text[position:])

@@ -35,14 +35,14 @@ def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
 
 
 def rope_cos_sin(
-    config: LlamaConfig, start: int, length: int, like: torch.Tensor
+    config: LlamaConfig, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin, (length, head_dim), of positions from `start`, in the dtype of `like`."""
+    """Return cos and sin, (..., length, head_dim), of positions, (..., length)."""
     # In bfloat16, the angles of distant positions would be wrong: convert only the results.
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, rope_inv_freq(config, like.device))  # (length, head_dim / 2)
-    angles = angles.repeat(1, 2)  # (length, head_dim): the same for both features of a pair
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    inv_freq = rope_inv_freq(config, positions.device)  # (head_dim / 2,)
+    angles = positions[..., None] * inv_freq  # (..., length, head_dim / 2), float32
+    angles = torch.cat((angles, angles), dim=-1)  # (..., length, head_dim): both of a pair
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -52,6 +52,24 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
 
 # %% The model
+
+
+def padding_mask(attention_mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positions of the last `length` tokens, and the mask of what each attends to.
+
+    Args:
+        attention_mask: (batch, total) bool, False for padding.
+        length: the number of new tokens; those before them are in the KV cache.
+
+    Returns:
+        Positions, (batch, 1, length), and the mask, (batch, 1, length, total), for all heads.
+    """
+    total = attention_mask.shape[1]
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (batch, total)
+    causal = attention_mask.new_ones(length, total).tril(total - length)  # (length, total)
+    itself = causal.triu(total - length)  # (length, total): a softmax over nothing would be NaN
+    attn_mask = causal & attention_mask[:, None, None, :] | itself  # (batch, 1, length, total)
+    return positions[:, None, -length:], attn_mask
 
 
 class KVCache:
@@ -93,7 +111,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: KVCache | None = None,
+        attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return (batch, length, hidden_size): every token attends to itself and earlier ones."""
         batch, length, _ = x.shape  # (batch, length, hidden_size)
@@ -105,9 +128,9 @@ class Attention(nn.Module):
         k = apply_rotary_emb(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v)  # (batch, kv_heads, cached + length, head_dim)
-        # A single token is the newest, and attends to all others: it needs no mask.
+        # Without padding, a single token attends to all others: it needs no mask.
         attn_out = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=length > 1, enable_gqa=True
+            q, k, v, attn_mask, is_causal=attn_mask is None and length > 1, enable_gqa=True
         )  # (batch, heads, length, head_dim)
         attn_out = attn_out.transpose(1, 2).flatten(2)  # (batch, length, heads * head_dim)
         return self.o_proj(attn_out)  # (batch, length, hidden_size)
@@ -139,10 +162,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: KVCache | None = None,
+        attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return (batch, length, hidden_size), as x."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, attn_mask)
         return x + self.mlp(self.post_attention_layernorm(x))  # (batch, length, hidden_size)
 
 
@@ -156,15 +184,24 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        caches: list[KVCache] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the normalized output of the last layer, (batch, length, hidden_size)."""
         length = tokens.shape[1]  # (batch, length)
         start = caches[0].length if caches else 0
         assert start == 0 or length == 1, "after the prompt, decode one token at a time"
+        attn_mask = None  # causal
+        positions = torch.arange(start, start + length, device=tokens.device)  # (length,)
+        if attention_mask is not None:
+            positions, attn_mask = padding_mask(attention_mask, length)
         x = self.embed_tokens(tokens)  # (batch, length, hidden_size)
-        cos, sin = rope_cos_sin(self.config, start, length, like=x)
+        cos, sin = rope_cos_sin(self.config, positions, x.dtype)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[index] if caches else None)
+            x = layer(x, cos, sin, caches[index] if caches else None, attn_mask)
         return self.norm(x)  # (batch, length, hidden_size)
 
 
@@ -186,15 +223,21 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        caches: list[KVCache] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the logits of the token after each token.
 
         Args:
             tokens: (batch, length) int64. With `caches`: a whole prompt, then one token at a time.
             caches: a KVCache per layer, or None to compute all tokens' keys and values.
+            attention_mask: (batch, cached + length) bool, False for padding. None: no padding.
 
         Returns:
             Logits, (batch, length, vocab_size).
         """
-        x = self.model(tokens, caches)  # (batch, length, hidden_size)
+        x = self.model(tokens, caches, attention_mask)  # (batch, length, hidden_size)
         return self.lm_head(x)  # (batch, length, vocab_size)

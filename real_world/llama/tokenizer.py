@@ -10,8 +10,8 @@ from lesson_code import CheckpointError
 class ByteTokenizer:
     """A token is a byte of UTF-8: 256 tokens, and nothing to train."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the bytes of a text."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the bytes of a text; there are no special tokens."""
         return list(text.encode())
 
     def decode(self, tokens: list[int]) -> str:
@@ -22,17 +22,27 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """The tokenizer of a model from Hugging Face, from its tokenizer.json."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocab_size: int) -> None:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # it raises no narrower one
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
         self.tokenizer.no_truncation()  # fine-tuning stores both in the file
         self.tokenizer.no_padding()
+        self.vocab_size = vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, after the special tokens that the model expects."""
-        return self.tokenizer.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a text, after the special tokens that the model expects.
+
+        The text of a chat template has these already: add_special_tokens is False for it.
+
+        Raises CheckpointError if the model has no such token: the files are of different models.
+        """
+        tokens = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if max(tokens, default=0) >= self.vocab_size:
+            message = f"token {max(tokens)}, but the model's vocab_size is {self.vocab_size}"
+            raise CheckpointError(f"tokenizer.json has {message}")
+        return tokens
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special tokens."""
@@ -46,7 +56,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a model's folder; without tokenizer.json, 256 tokens are bytes."""
     path = folder / "tokenizer.json"
     if path.exists():
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, vocab_size)
     if vocab_size == 256:
         return ByteTokenizer()
     raise CheckpointError(f"{folder} has no tokenizer.json")

@@ -135,6 +135,7 @@ def test_other_fields_have_no_effect(tmp_path):
     "changes",
     [
         {"num_key_value_heads": None, "head_dim": None},
+        {"hidden_act": "swish"},
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.5}, "rope_theta": 500.0},
         {"rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 500.0}},

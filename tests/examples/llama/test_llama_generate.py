@@ -1,5 +1,6 @@
 """The Llama example: sampling, KV cache, tokenizers, streaming."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,9 +11,15 @@ import torch
 import lesson_code as lesson
 from real_world.llama import __main__ as llama
 from real_world.llama import parity
-from real_world.llama.checkpoint import save_pretrained
+from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY, LlamaConfig
-from real_world.llama.generate import SamplingParams, filter_logits, generate, stream_generate
+from real_world.llama.generate import (
+    SamplingParams,
+    filter_logits,
+    generate,
+    pad_left,
+    stream_generate,
+)
 from real_world.llama.model import Llama
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -83,11 +90,95 @@ def test_kv_cache_processes_every_token_once():
     assert lengths == [3, 1, 1, 1, 1, 3, 4, 5, 6, 7]
 
 
+# %% Several prompts
+
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20], [30, 31, 32, 33]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_unequal_lengths_equal_transformers_and_each_alone(use_cache):
+    model = build(replace(CONFIG, num_key_value_heads=2))
+    tokens, mask = pad_left(PROMPTS)
+    assert tokens[1].tolist() == [0] * 6 + [20]
+    new = generated(model, tokens, 20, attention_mask=mask, use_cache=use_cache)
+    reference = parity.to_transformers(model)
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert new.equal(reference.generate(tokens, attention_mask=mask.long(), **options)[:, 7:])
+    for row, prompt in zip(new, PROMPTS, strict=True):
+        assert row.equal(generated(model, torch.tensor([prompt]), 20)[0])
+    tokens[~mask] = 50  # whatever padding is
+    assert new.equal(generated(model, tokens, 20, attention_mask=mask, use_cache=use_cache))
+
+
+def test_logits_of_padded_prompts_equal_each_alone():
+    model = build()
+    tokens, mask = pad_left(PROMPTS)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask)
+        assert logits.isfinite().all()
+        for row, prompt in zip(logits, PROMPTS, strict=True):
+            expected = model(torch.tensor([prompt]))[0]
+            torch.testing.assert_close(row[-len(prompt) :], expected)
+
+
+def test_each_row_ends_at_its_own_end_of_sequence():
+    model = build()
+    tokens, mask = pad_left(PROMPTS)
+    new = generated(model, tokens, 30, attention_mask=mask).tolist()
+    eos = (new[0][9], new[1][4], new[2][2])
+    model.config = replace(CONFIG, eos_token_ids=eos)
+    ended = generated(model, tokens, 30, attention_mask=mask)
+    reference = parity.to_transformers(model)
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": eos[0]}
+    assert ended.equal(reference.generate(tokens, attention_mask=mask.long(), **options)[:, 7:])
+    ends = [next(i for i, token in enumerate(row) if token in eos) for row in new]
+    assert len(set(ends)) == 3
+    assert ended.shape[1] == max(ends) + 1
+    for row, expected, end in zip(ended.tolist(), new, ends, strict=True):
+        assert row[: end + 1] == expected[: end + 1]
+        assert set(row[end + 1 :]) <= {eos[0]}
+
+
+def test_warning_beyond_max_position_embeddings(recwarn):
+    model = build(replace(CONFIG, max_position_embeddings=8))
+    generated(model, PROMPT, 5)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="3 tokens .* 6 new ones exceed .*, 8"):
+        assert generated(model, PROMPT, 6).shape == (1, 6)
+
+
+# %% Text
+
+
+def pieces_of(max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
+    """Return what is streamed after "A"."""
+    model, prompt = build(LLAMA_TINY), ByteTokenizer().encode("A")
+    pieces = stream_generate(model, ByteTokenizer(), prompt, max_new_tokens, SamplingParams(), stop)
+    return list(pieces)
+
+
 def test_streamed_text_has_whole_characters_and_no_control_characters(monkeypatch):
     tokens = iter("né\x1b[2J€\n".encode() + b"\xff")
     monkeypatch.setattr("real_world.llama.generate.sample", lambda *_: torch.tensor([next(tokens)]))
-    pieces = list(stream_generate(build(LLAMA_TINY), ByteTokenizer(), "A", 12, SamplingParams()))
-    assert pieces == ["A", "n", "é", ".", "[", "2", "J", "€", "\n", "."]
+    assert pieces_of(12) == ["n", "é", ".", "[", "2", "J", "€", "\n", "."]
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces"),
+    [
+        ((), ["e", " ", "o", "n", "e", ".", " ", "é", "\n", "\n", "T"]),
+        (("T",), ["e", " ", "o", "n", "e", ".", " ", "é", "\n", "\n"]),
+        (("one", "e. é\n"), ["e "]),  # "e" may be the start of a stop string, and waits
+        (("e. é\n", "e. x"), ["e ", "o", "n"]),
+        (("\n\n\n", "e. \n", "one!"), ["e ", "on", "e. é", "\n\nT"]),
+        (("\n\nT!",), ["e", " ", "o", "n", "e", ".", " ", "é", "\n\nT"]),
+    ],
+)
+def test_text_ends_before_a_stop_string(stop, pieces, monkeypatch):
+    tokens = iter("e one. é\n\nT".encode())
+    monkeypatch.setattr("real_world.llama.generate.sample", lambda *_: torch.tensor([next(tokens)]))
+    assert [piece for piece in pieces_of(12, stop) if piece] == pieces
 
 
 def word_tokenizer() -> tokenizers.Tokenizer:
@@ -111,6 +202,63 @@ def test_tokenizer_neither_truncates_nor_pads(tmp_path):
     for length in (2, 10):
         prompt = " ".join(f"w{n}" for n in range(length))
         assert loaded.encode(prompt) == reference(prompt)["input_ids"] == list(range(length))
+
+
+def save_instruct_model(folder, model: Llama) -> None:
+    """Save a model with a tokenizer that starts a text with w1, and a chat template."""
+    save_pretrained(model, folder)
+    tokenizer = word_tokenizer()
+    template = tokenizers.processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])
+    tokenizer.post_processor = template
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chat = "w1 {% for m in messages %}w2 {{ m.content }} w3 {% endfor %}"
+    (folder / "chat_template.jinja").write_text(chat)
+
+
+def test_prompt_goes_through_the_chat_template_of_the_folder(tmp_path, capsys):
+    model = build()
+    save_instruct_model(tmp_path, model)
+    arguments = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
+    arguments += ["--max-new-tokens", "9"]
+    for options, prompt, printed in (
+        ([], [1, 2, 4, 7, 3], []),
+        (["--no-chat"], [1, 4, 7], ["w4", "w7"]),
+    ):
+        llama.main([*arguments, *options])
+        new = generated(model, torch.tensor([prompt]), 9)[0].tolist()
+        assert capsys.readouterr().out.split() == [*printed, *(f"w{n}" for n in new)]
+    llama.main([*arguments, "--stop", "zz", "--stop", f"w{new[3]} w{new[4]}", "--no-chat"])
+    assert capsys.readouterr().out.split() == ["w4", "w7", *(f"w{n}" for n in new[:3])]
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "expected"),
+    [
+        (5, {"eos_token_id": [6, 7]}, (6, 7)),
+        (None, {"eos_token_id": 6}, (6,)),
+        ([5, 6], {"temperature": 0.6}, (5, 6)),
+        (5, None, (5,)),
+    ],
+)
+def test_end_of_sequence_is_that_of_generation_config(
+    config, generation_config, expected, tmp_path
+):
+    save_pretrained(build(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": config}))
+    if generation_config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+    assert load_pretrained(tmp_path).config.eos_token_ids == expected
+
+
+def test_token_that_the_model_does_not_have(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens(["[PAD]"])  # as fine-tuning adds it
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path, vocab_size=97)
+    assert loaded.encode("w96") == [96]
+    with pytest.raises(lesson.CheckpointError, match=r"has token 97, .* vocab_size is 97"):
+        loaded.encode("w4 [PAD]")
 
 
 def test_generation_with_a_tokenizer_stops_at_the_end_of_sequence(tmp_path, capsys):

