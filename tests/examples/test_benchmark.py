@@ -19,6 +19,7 @@ from real_world.benchmark import (
     harness,
     inference,
     litserve_app,
+    llama,
     scaling,
     serve,
     step,
@@ -153,6 +154,8 @@ def test_scaling_on_two_processes():
 def test_llama_writes_results_and_readme(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "DOCS", tmp_path)
     monkeypatch.setattr(harness, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(llama, "PROMPT_LENGTH", 16)
+    monkeypatch.setattr(llama, "ANSWER_LENGTH", 3)
     (tmp_path / "benchmark.json").write_text('{"serve": {}}')
     readme = tmp_path / "llama" / "README.md"
     readme.parent.mkdir()

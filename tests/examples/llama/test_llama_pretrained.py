@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import zipfile
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import gguf
 import pytest
 import tokenizers
 import torch
+from readmes import REAL_WORLD
 
 import lesson_code as lesson
 from real_world.llama import __main__ as llama
@@ -98,10 +100,14 @@ def test_greedy_answer_equals_transformers(smollm2, model):
     assert new.equal(expected[:, tokens.shape[1] :])
 
 
-def test_command_line_answers_and_stops_at_the_end_of_the_turn(smollm2, capsys):
+def test_command_line_answers_as_in_the_readme(smollm2, capsys):
     arguments = ["--pretrained", "smollm2", "--output", str(smollm2.parent), "--temperature", "0"]
-    llama.main([*arguments, "--prompt", "What is the capital of France?"])
-    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+    readme = (REAL_WORLD / "llama" / "README.md").read_text(encoding="utf-8")
+    prompt, answer = re.findall(r'--prompt "(.*)"\n```\n\n```text\n(.*?)```', readme, re.DOTALL)[0]
+    llama.main([*arguments, "--prompt", prompt])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert printed.split() == answer.split()
     llama.main([*arguments, "--prompt", "One, two, three,", "--no-chat", "--max-new-tokens", "6"])
     assert capsys.readouterr().out == "One, two, three, four, five, six,\n"
 
