@@ -35,14 +35,14 @@ def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
 
 
 def rope_cos_sin(
-    config: LlamaConfig, positions: torch.Tensor, dtype: torch.dtype
+    config: LlamaConfig, start: int, length: int, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin, (..., length, head_dim), of positions, (..., length)."""
+    """Return cos and sin, (length, head_dim), of positions from `start`, in the dtype of `like`."""
     # In bfloat16, the angles of distant positions would be wrong: convert only the results.
-    inv_freq = rope_inv_freq(config, positions.device)  # (head_dim / 2,)
-    angles = positions[..., None] * inv_freq  # (..., length, head_dim / 2), float32
-    angles = torch.cat((angles, angles), dim=-1)  # (..., length, head_dim): both of a pair
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, rope_inv_freq(config, like.device))  # (length, head_dim / 2)
+    angles = angles.repeat(1, 2)  # (length, head_dim): the same for both features of a pair
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -54,22 +54,19 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 # %% The model
 
 
-def padding_mask(attention_mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the positions of the last `length` tokens, and the mask of what each attends to.
+def padding_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Return what each of the last `length` tokens attends to, (batch, 1, length, total).
+
+    Their positions need no correction for padding on the left: with RoPE, attention depends on
+    the distance of two tokens only.
 
     Args:
         attention_mask: (batch, total) bool, False for padding.
         length: the number of new tokens; those before them are in the KV cache.
-
-    Returns:
-        Positions, (batch, 1, length), and the mask, (batch, 1, length, total), for all heads.
     """
     total = attention_mask.shape[1]
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (batch, total)
     causal = attention_mask.new_ones(length, total).tril(total - length)  # (length, total)
-    itself = causal.triu(total - length)  # (length, total): a softmax over nothing would be NaN
-    attn_mask = causal & attention_mask[:, None, None, :] | itself  # (batch, 1, length, total)
-    return positions[:, None, -length:], attn_mask
+    return causal & attention_mask[:, None, None, :]  # (batch, 1, length, total)
 
 
 class KVCache:
@@ -194,12 +191,9 @@ class Decoder(nn.Module):
         length = tokens.shape[1]  # (batch, length)
         start = caches[0].length if caches else 0
         assert start == 0 or length == 1, "after the prompt, decode one token at a time"
-        attn_mask = None  # causal
-        positions = torch.arange(start, start + length, device=tokens.device)  # (length,)
-        if attention_mask is not None:
-            positions, attn_mask = padding_mask(attention_mask, length)
         x = self.embed_tokens(tokens)  # (batch, length, hidden_size)
-        cos, sin = rope_cos_sin(self.config, positions, x.dtype)
+        cos, sin = rope_cos_sin(self.config, start, length, like=x)
+        attn_mask = None if attention_mask is None else padding_mask(attention_mask, length)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, caches[index] if caches else None, attn_mask)
         return self.norm(x)  # (batch, length, hidden_size)

@@ -177,7 +177,7 @@ def test_costs_are_those_of_real_models():
         "--pretrained=gpt2",
         "--no-chat",
         "--stop=x",
-        "--stop=",
+        "--prompt=a --stop=",
         "--steps=19",
         "--top-p=1.5",
         "--temperature=nan",
@@ -185,9 +185,9 @@ def test_costs_are_those_of_real_models():
 )
 def test_wrong_option(argument, capsys):
     with pytest.raises(SystemExit) as error:
-        llama.main([argument])
+        llama.main(argument.split())
     assert error.value.code == 2
-    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    assert argument.split()[-1].partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_dtype_of_the_command_line(tmp_path, monkeypatch):

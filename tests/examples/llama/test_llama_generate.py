@@ -27,9 +27,14 @@ CONFIG = parity.BASE
 PROMPT = torch.tensor([[1, 2, 3]])
 
 
-def build(config: LlamaConfig = CONFIG) -> Llama:
+def build(config: LlamaConfig = CONFIG, scale: float = 1.0) -> Llama:
+    """Return a model with seeded weights; if these are larger, earlier tokens matter more."""
     torch.manual_seed(0)
-    return Llama(config)
+    model = Llama(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
 
 
 def generated(model: Llama, prompt: torch.Tensor, n: int, **options) -> torch.Tensor:
@@ -98,7 +103,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20], [30, 31, 32, 33]]
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_prompts_of_unequal_lengths_equal_transformers_and_each_alone(use_cache):
-    model = build(replace(CONFIG, num_key_value_heads=2))
+    model = build(replace(CONFIG, num_key_value_heads=2), scale=5)
     tokens, mask = pad_left(PROMPTS)
     assert tokens[1].tolist() == [0] * 6 + [20]
     new = generated(model, tokens, 20, attention_mask=mask, use_cache=use_cache)
@@ -112,18 +117,18 @@ def test_prompts_of_unequal_lengths_equal_transformers_and_each_alone(use_cache)
 
 
 def test_logits_of_padded_prompts_equal_each_alone():
-    model = build()
+    model = build(scale=5)
     tokens, mask = pad_left(PROMPTS)
     with torch.no_grad():
         logits = model(tokens, attention_mask=mask)
         assert logits.isfinite().all()
         for row, prompt in zip(logits, PROMPTS, strict=True):
             expected = model(torch.tensor([prompt]))[0]
-            torch.testing.assert_close(row[-len(prompt) :], expected)
+            torch.testing.assert_close(row[-len(prompt) :], expected, atol=1e-4, rtol=0)
 
 
 def test_each_row_ends_at_its_own_end_of_sequence():
-    model = build()
+    model = build(scale=5)
     tokens, mask = pad_left(PROMPTS)
     new = generated(model, tokens, 30, attention_mask=mask).tolist()
     eos = (new[0][9], new[1][4], new[2][2])
@@ -205,24 +210,25 @@ def test_tokenizer_neither_truncates_nor_pads(tmp_path):
 
 
 def save_instruct_model(folder, model: Llama) -> None:
-    """Save a model with a tokenizer that starts a text with w1, and a chat template."""
+    """Save a model with a tokenizer that puts a text between w1 and w5, and a chat template."""
     save_pretrained(model, folder)
     tokenizer = word_tokenizer()
-    template = tokenizers.processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])
-    tokenizer.post_processor = template
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "w1 $A w5", special_tokens=[("w1", 1), ("w5", 5)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     chat = "w1 {% for m in messages %}w2 {{ m.content }} w3 {% endfor %}"
     (folder / "chat_template.jinja").write_text(chat)
 
 
 def test_prompt_goes_through_the_chat_template_of_the_folder(tmp_path, capsys):
-    model = build()
+    model = build(scale=5)
     save_instruct_model(tmp_path, model)
     arguments = ["--weights", str(tmp_path), "--prompt", "w4 w7", "--temperature", "0"]
     arguments += ["--max-new-tokens", "9"]
     for options, prompt, printed in (
         ([], [1, 2, 4, 7, 3], []),
-        (["--no-chat"], [1, 4, 7], ["w4", "w7"]),
+        (["--no-chat"], [1, 4, 7, 5], ["w4", "w7"]),
     ):
         llama.main([*arguments, *options])
         new = generated(model, torch.tensor([prompt]), 9)[0].tolist()
