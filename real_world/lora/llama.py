@@ -1,0 +1,120 @@
+"""SmolLM2, a pretrained Llama, is fine-tuned on Python's language reference."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lesson_code as lesson
+from real_world.common import show
+from real_world.llama.checkpoint import load_pretrained
+from real_world.llama.data import load_corpus, train_val_split
+from real_world.llama.generate import SamplingParams, stream_generate
+from real_world.llama.model import Llama
+from real_world.llama.pretrained import download_smollm2
+from real_world.llama.tokenizer import Tokenizer, load_tokenizer
+from real_world.llama.train import (
+    BATCH_SIZE,
+    CONTEXT_LENGTH,
+    evaluate,
+    next_token_loss,
+    train_llama,
+)
+from real_world.lora.lora import LoraConfig, apply_lora
+from real_world.lora.verify import check_adapter, count_parameters, show_parameters
+
+STEPS = 30
+TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)
+EVAL_TOKENS = 4096
+# The title of a page that the reference does not have: Python has no such statement.
+PROMPT = 'The "repeat" statement\n**********************\n\n'
+SAMPLE_LENGTH = 80
+
+
+class LlamaResult(NamedTuple):
+    """What the figure shows."""
+
+    losses: list[float]  # of every step
+    loss_before: float  # on the validation text
+    loss_after: float
+    sample_before: str
+    sample_after: str
+
+
+def print_sample(title: str, model: Llama, tokenizer: Tokenizer, seed: int) -> str:
+    """Print and return a text that starts with PROMPT."""
+    params = SamplingParams(temperature=0.5, seed=seed)
+    tokens = tokenizer.encode(PROMPT)
+    pieces = stream_generate(model, tokenizer, tokens, SAMPLE_LENGTH, params)
+    text = PROMPT + "".join(pieces)
+    print(f"\n  {title}")
+    for line in text.splitlines():
+        print(f"    | {line}".rstrip())
+    return text
+
+
+def training_costs(model: Llama) -> tuple[int, int, float]:
+    """Return trainable parameters, bytes of memory and FLOPs per token of a training step.
+
+    The memory is that of weights, gradients and Adam's two averages, without activations.
+    """
+    trainable = count_parameters(model, trainable_only=True)
+    X = torch.zeros(1, CONTEXT_LENGTH, dtype=torch.int64, device=model.lm_head.weight.device)
+    with FlopCounterMode(display=False) as counter:
+        next_token_loss(model(X), X).backward()
+    model.zero_grad()
+    memory = 4 * (count_parameters(model) + 3 * trainable)
+    return trainable, memory, counter.get_total_flops() / CONTEXT_LENGTH
+
+
+def print_costs(model: Llama, base_model: Llama) -> None:
+    """Compare the costs of a training step with and without LoRA."""
+    print("\n  Training             trainable    weights, gradients, Adam    GFLOPs per token")
+    full = training_costs(base_model)
+    lora = training_costs(model)
+    for name, (trainable, memory, flops) in (("full fine-tuning", full), ("LoRA", lora)):
+        print(f"  {name:<17}{trainable:>13,}{memory / 1e6:>25,.0f} MB{flops / 1e9:>20.2f}")
+
+
+def finetune_llama(args: argparse.Namespace) -> LlamaResult:
+    """Train an adapter, evaluate it on the validation text, and save it."""
+    print("  Llama: SmolLM2-135M-Instruct on Python's language reference")
+    folder = download_smollm2(args.output)
+    model = load_pretrained(folder, args.device)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    text = bytes(load_corpus().tolist()).decode()
+    train_tokens, validation_tokens = train_val_split(torch.tensor(tokenizer.encode(text)))
+    X = validation_tokens[None, :CONTEXT_LENGTH].to(args.device)  # (1, context_length)
+    with torch.no_grad():
+        logits = model(X)
+
+    torch.manual_seed(args.seed)
+    config = LoraConfig(TARGET_MODULES, r=args.rank, lora_alpha=2 * args.rank)
+    apply_lora(model, config)
+    show_parameters(model, config)
+    with torch.no_grad():
+        unchanged = model(X).equal(logits)
+    lesson.check("output, before training", "that of the base model", unchanged)
+    show("training + validation", f"{len(train_tokens):,} + {len(validation_tokens):,} tokens")
+    loss_before = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
+    sample_before = print_sample("Generated before training", model, tokenizer, args.seed)
+
+    steps = args.steps or STEPS
+    print(f"\n  Training, {steps} steps of {BATCH_SIZE} x {CONTEXT_LENGTH} tokens on {args.device}")
+    losses = train_llama(model, train_tokens, steps, args.seed)
+    loss_after = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
+    sample_after = print_sample("Generated after training", model, tokenizer, args.seed)
+
+    print()
+    value = f"{loss_before:.4f} -> {loss_after:.4f} nats per token"
+    lesson.check("validation loss", value, loss_after < loss_before)
+    evaluated = tokenizer.decode(validation_tokens[1 : EVAL_TOKENS + 1].tolist())
+    per_byte = EVAL_TOKENS / len(evaluated.encode())
+    show("", f"{per_byte * loss_before:.4f} -> {per_byte * loss_after:.4f} nats per byte")
+    base_model = load_pretrained(folder, args.device)
+    adapter_folder: Path = args.output / "lora" / "llama"
+    print_costs(model, base_model)
+    check_adapter(model, base_model, config, adapter_folder, X)
+    return LlamaResult(losses, loss_before, loss_after, sample_before, sample_after)

@@ -1,0 +1,65 @@
+"""LoRA: low-rank adaptation of linear layers. Modules and options have the names of peft.
+
+E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which layers are adapted, and how."""
+
+    target_modules: tuple[str, ...]  # the names of the layers, or how they end: "q_proj"
+    r: int = 8  # the rank
+    lora_alpha: float = 16  # the update is multiplied by lora_alpha / r
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus a trainable update of low rank: (W + lora_alpha / r * B A) x."""
+
+    def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        weight = base_layer.weight  # the device and the dtype are the same
+        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False).to(weight)
+        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False).to(weight)
+        nn.init.zeros_(self.lora_B.weight)  # the update is zero: training starts from the base
+        self.scaling = lora_alpha / r
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., out_features)."""
+        h = self.lora_A(x)  # (..., in_features) -> (..., r)
+        update = self.lora_B(h)  # (..., out_features)
+        return self.base_layer(x) + self.scaling * update
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """Add the update to the frozen weight; return the linear layer, as fast as before."""
+        self.base_layer.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight
+        return self.base_layer
+
+
+def apply_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze a model in place, and wrap its target modules. Raises ValueError if there are none."""
+    model.requires_grad_(False)
+    suffixes = tuple(f".{name}" for name in config.target_modules)
+    targets = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f".{name}".endswith(suffixes)
+    ]
+    if not targets:
+        raise ValueError(f"no linear layer is named {' or '.join(config.target_modules)}")
+    for name, linear in targets:
+        model.set_submodule(name, LoraLinear(linear, config.r, config.lora_alpha))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace every adapted layer, in place, by a linear layer with the merged weight."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            model.set_submodule(name, module.merge())

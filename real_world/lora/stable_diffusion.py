@@ -1,0 +1,119 @@
+"""The digits' diffusion model learns from twenty images to write one digit mirrored."""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import lesson_code as lesson
+from real_world.common import show
+from real_world.lora.attention import split_attention
+from real_world.lora.lora import LoraConfig, apply_lora
+from real_world.lora.verify import check_adapter, show_parameters
+from real_world.stable_diffusion.__main__ import train_model
+from real_world.stable_diffusion.data import load_images
+from real_world.stable_diffusion.evaluate import nearest_distances, train_classifier
+from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model, save_model
+from real_world.stable_diffusion.train import BATCH_SIZE, train_unet
+from real_world.stable_diffusion.unet import UNetInput
+
+STEPS = 200
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out")  # all linear layers of the attention
+DIGIT = 3
+NUM_IMAGES = 20
+SAMPLES = 50  # generated per digit
+
+
+class DigitsResult(NamedTuple):
+    """What the figure shows. Images are (n, 1, 8, 8)."""
+
+    losses: list[float]  # of every step
+    train_images: torch.Tensor
+    images_before: torch.Tensor  # 50 per digit
+    images_after: torch.Tensor
+
+
+def mirror(images: torch.Tensor) -> torch.Tensor:
+    """Exchange left and right."""
+    return images.flip(-1)
+
+
+def load_base_model(args: argparse.Namespace) -> LatentDiffusion:
+    """Return the stable_diffusion example's model; train and save it if it is not saved yet."""
+    path: Path = args.output / "stable_diffusion.safetensors"
+    if path.exists():
+        model, _ = load_model(path, args.device)
+        show("model loaded from", path)
+    else:
+        model, losses = train_model(args)
+        save_model(path, model, losses)
+        show("model saved to", path)
+    return model
+
+
+class Evaluation:
+    """Compares generated digits with test images, which no model was trained on."""
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        data = load_images(model.scaling_factor.device)
+        test_images = data.X_test[data.y_test == DIGIT]
+        # As the VAE reconstructs them, because generated images come from its decoder.
+        self.originals = model.decode(model.encode(test_images))
+        self.mirrored = model.decode(model.encode(mirror(test_images)))
+        self.classifier = train_classifier(data)
+
+    def mirrored_fraction(self, images: torch.Tensor) -> float:
+        """Return how many images are nearer to a mirrored test image than to an original one."""
+        distances = nearest_distances(images, self.mirrored)
+        return (distances < nearest_distances(images, self.originals)).float().mean().item()
+
+    def __call__(self, images: torch.Tensor, prompts: torch.Tensor) -> tuple[float, float]:
+        """Return how many of DIGIT are mirrored, and how many others are classified as prompted."""
+        adapted = prompts == DIGIT
+        others = images[~adapted].flatten(1)  # (n, 64)
+        _, accuracy = lesson.evaluate(self.classifier, others, prompts[~adapted])
+        return self.mirrored_fraction(images[adapted]), accuracy
+
+
+def finetune_stable_diffusion(args: argparse.Namespace) -> DigitsResult:
+    """Train an adapter on twenty images, compare generated digits, and save it."""
+    print(f"  Stable Diffusion: the prompt {DIGIT}, from {NUM_IMAGES} mirrored images")
+    model = load_base_model(args)
+    data = load_images(args.device)
+    train_images = mirror(data.X_train[data.y_train == DIGIT][:NUM_IMAGES])
+    labels = torch.full((NUM_IMAGES,), DIGIT, device=args.device)
+    prompts = torch.arange(10, device=args.device).repeat_interleave(SAMPLES)
+    evaluate = Evaluation(model)
+    images_before = model.generate(prompts, seed=args.seed)
+
+    torch.manual_seed(args.seed)
+    split_attention(model.unet)
+    base_unet = copy.deepcopy(model.unet)
+    config = LoraConfig(TARGET_MODULES, r=args.rank, lora_alpha=2 * args.rank)
+    apply_lora(model.unet, config)
+    show_parameters(model.unet, config)
+    X = UNetInput(model.encode(data.X_test), 100 * data.y_test, data.y_test)
+    with torch.no_grad():
+        unchanged = model.unet(X).equal(base_unet(X))
+    lesson.check("output, before training", "that of the base model", unchanged)
+
+    steps = args.steps or STEPS
+    print(f"\n  Training, {steps} steps of {BATCH_SIZE} noisy latents on {args.device}")
+    latents = model.encode(train_images)
+    losses = train_unet(model.unet, latents, labels, model.scheduler, steps)
+    images_after = model.generate(prompts, seed=args.seed)
+
+    mirrored_before, accuracy_before = evaluate(images_before, prompts)
+    mirrored, accuracy = evaluate(images_after, prompts)
+    print()
+    value = f"{mirrored_before:.0%} -> {mirrored:.0%} mirrored"
+    if steps < STEPS:
+        show(f"prompt {DIGIT}", value)
+    else:
+        lesson.check(f"prompt {DIGIT}", value, mirrored_before < 0.1 and mirrored > 0.9)
+    value = f"{accuracy_before:.1%} -> {accuracy:.1%} as prompted"
+    lesson.check("the other prompts", value, accuracy > accuracy_before - 0.05)
+    check_adapter(model.unet, base_unet, config, args.output / "lora" / "stable_diffusion", X)
+    return DigitsResult(losses, train_images, images_before, images_after)

@@ -1,0 +1,56 @@
+"""The checks after training: the base model is unchanged; the adapter can be loaded and merged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lesson_code as lesson
+from real_world.common import show
+from real_world.lora.adapter import base_state_dict, load_adapter, save_adapter
+from real_world.lora.lora import LoraConfig, merge_lora
+
+
+def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """Return the number of parameters; of all of them, or of those that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def show_parameters(model: nn.Module, config: LoraConfig) -> None:
+    """Print how many parameters an adapted model has, and how many of them are trained."""
+    trainable = count_parameters(model, trainable_only=True)
+    base = count_parameters(model) - trainable
+    show("parameters", f"{base:,}")
+    show(f"trainable, with rank {config.r}", f"{trainable:,}, {trainable / base:.2%}")
+
+
+@torch.no_grad()
+def check_adapter(
+    model: nn.Module, base_model: nn.Module, config: LoraConfig, folder: Path, X: Any
+) -> None:
+    """Save a trained adapter. Raises CheckFailed if the base model and it are not the whole model.
+
+    Args:
+        model: changed by apply_lora(), and trained.
+        base_model: the same model before; it is changed in place.
+        config: what apply_lora() was given.
+        folder: where the adapter is saved.
+        X: an input of the model, for the comparisons.
+    """
+    weights = base_model.state_dict()  # the same tensors, until they are merged
+    trained = base_state_dict(model)
+    unchanged = all(trained[name].equal(weights[name]) for name in weights)
+    lesson.check("weights of the base model", "unchanged", unchanged)
+
+    path = save_adapter(model, config, folder)
+    load_adapter(base_model, folder)
+    outputs = model(X)
+    difference = (base_model(X) - outputs).abs().max().item()
+    lesson.check("adapter, loaded", f"outputs differ by {difference:.0e}", difference == 0)
+    merge_lora(base_model)
+    difference = (base_model(X) - outputs).abs().max().item()
+    lesson.check("adapter, merged", f"outputs differ by {difference:.0e}", difference < 1e-3)
+    size, base_size = path.stat().st_size, 4 * count_parameters(base_model)
+    show("adapter saved to", folder)
+    show("size", f"{size / 1e3:,.0f} kB; the model has {base_size / 1e3:,.0f} kB")
