@@ -45,7 +45,7 @@ class LlamaResult(NamedTuple):
 
 def print_sample(title: str, model: Llama, tokenizer: Tokenizer, seed: int) -> str:
     """Print and return a text that starts with PROMPT."""
-    params = SamplingParams(temperature=0.5, seed=seed)
+    params = SamplingParams(temperature=0.8, seed=seed)
     tokens = tokenizer.encode(PROMPT)
     pieces = stream_generate(model, tokenizer, tokens, SAMPLE_LENGTH, params)
     text = PROMPT + "".join(pieces)

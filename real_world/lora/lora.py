@@ -39,7 +39,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """Add the update to the frozen weight; return the linear layer, as fast as before."""
-        self.base_layer.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight
+        update = self.lora_B.weight @ self.lora_A.weight  # (out_features, in_features)
+        self.base_layer.weight += self.scaling * update
         return self.base_layer
 
 

@@ -19,9 +19,9 @@ from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model, sa
 from real_world.stable_diffusion.train import BATCH_SIZE, train_unet
 from real_world.stable_diffusion.unet import UNetInput
 
-STEPS = 200
+STEPS = 300
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out")  # all linear layers of the attention
-DIGIT = 3
+DIGIT = 7
 NUM_IMAGES = 20
 SAMPLES = 50  # generated per digit
 

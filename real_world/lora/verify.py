@@ -1,7 +1,6 @@
 """The checks after training: the base model is unchanged; the adapter can be loaded and merged."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +9,7 @@ import lesson_code as lesson
 from real_world.common import show
 from real_world.lora.adapter import base_state_dict, load_adapter, save_adapter
 from real_world.lora.lora import LoraConfig, merge_lora
+from real_world.stable_diffusion.unet import UNetInput
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
@@ -27,7 +27,11 @@ def show_parameters(model: nn.Module, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def check_adapter(
-    model: nn.Module, base_model: nn.Module, config: LoraConfig, folder: Path, X: Any
+    model: nn.Module,
+    base_model: nn.Module,
+    config: LoraConfig,
+    folder: Path,
+    X: torch.Tensor | UNetInput,
 ) -> None:
     """Save a trained adapter. Raises CheckFailed if the base model and it are not the whole model.
 

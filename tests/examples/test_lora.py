@@ -1,0 +1,264 @@
+"""The LoRA example: layers, adapters compared with peft's, fine-tuning of both models."""
+
+import copy
+import dataclasses
+import json
+import re
+
+import matplotlib.image
+import peft
+import pytest
+import torch
+from readmes import REAL_WORLD, mask
+from torch import nn
+
+from lesson_code import CheckFailed, CheckpointError
+from real_world.llama.checkpoint import load_pretrained, save_pretrained
+from real_world.llama.config import LLAMA_TINY
+from real_world.llama.model import Llama
+from real_world.llama.parity import CONFIGS, to_transformers
+from real_world.lora.__main__ import main
+from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from real_world.lora.attention import split_attention
+from real_world.lora.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
+from real_world.lora.stable_diffusion import TARGET_MODULES, mirror
+from real_world.lora.verify import check_adapter, count_parameters
+from real_world.stable_diffusion.pipeline import LatentDiffusion, save_model
+from real_world.stable_diffusion.unet import UNet, UNetInput
+
+CONFIG = LoraConfig(("q_proj", "v_proj"), r=4, lora_alpha=6)
+TOKENS = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def make_llama() -> Llama:
+    torch.manual_seed(0)
+    return Llama(CONFIGS["6 heads, 2 KV heads"])
+
+
+def randomize_adapter(model: nn.Module) -> None:
+    """Give A and B values as after training."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.fixture
+def model() -> Llama:
+    """Return a Llama with an adapter that changes the logits."""
+    model = make_llama()
+    apply_lora(model, CONFIG)
+    randomize_adapter(model)
+    assert not model(TOKENS).allclose(make_llama()(TOKENS))
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """Return the folder of the model's adapter."""
+    save_adapter(model, CONFIG, tmp_path)
+    return tmp_path
+
+
+# Layers
+
+
+def test_update_is_zero_before_training():
+    model = make_llama()
+    logits = model(TOKENS)
+    apply_lora(model, CONFIG)
+    assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 6
+    assert model(TOKENS).equal(logits)
+
+
+def test_only_the_adapter_is_trained(model):
+    model(TOKENS).sum().backward()
+    names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    layers = [
+        f"model.layers.{i}.self_attn.{name}" for i in range(3) for name in ("q_proj", "v_proj")
+    ]
+    expected = {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
+    assert names == expected
+    per_layer = (96 + 96) + (96 + 32)  # in_features + out_features of q_proj and of v_proj
+    assert count_parameters(model, trainable_only=True) == 3 * 4 * per_layer
+
+
+def test_layer_with_a_bias_and_dtype():
+    linear = nn.Linear(5, 7, dtype=torch.float64)
+    layer = LoraLinear(linear, r=2, lora_alpha=3)
+    nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    weight = linear.weight + 3 / 2 * layer.lora_B.weight @ layer.lora_A.weight
+    expected = nn.functional.linear(x, weight, linear.bias)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.merge()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "count"), [(("self_attn.q_proj",), 3), (("proj",), 0), (("lm_head",), 1)]
+)
+def test_target_modules_are_whole_names_at_the_end_of_a_path(names, count):
+    model = make_llama()
+    if count == 0:
+        with pytest.raises(ValueError, match="no linear layer is named proj"):
+            apply_lora(model, LoraConfig(names))
+        return
+    apply_lora(model, LoraConfig(names))
+    assert sum(isinstance(module, LoraLinear) for module in model.modules()) == count
+
+
+def test_merged_model_has_the_base_models_layers(model):
+    logits = model(TOKENS)
+    merge_lora(model)
+    assert model.state_dict().keys() == make_llama().state_dict().keys()
+    torch.testing.assert_close(model(TOKENS), logits, atol=1e-5, rtol=0)
+
+
+def test_merging_does_not_change_memory_mapped_files(tmp_path):
+    save_pretrained(make_llama(), tmp_path)
+    saved = (tmp_path / "model.safetensors").read_bytes()
+    model = load_pretrained(tmp_path)
+    apply_lora(model, CONFIG)
+    randomize_adapter(model)
+    merge_lora(model)
+    assert (tmp_path / "model.safetensors").read_bytes() == saved
+
+
+# Adapters, compared with peft's
+
+
+def test_peft_loads_our_adapter_and_merges_it_to_the_same_weights(model, folder):
+    theirs = peft.PeftModel.from_pretrained(to_transformers(make_llama()), folder)
+    assert theirs(TOKENS).logits.equal(model(TOKENS))
+    merge_lora(model)
+    merged = theirs.merge_and_unload().state_dict()
+    weights = model.state_dict()
+    assert merged.keys() == weights.keys()
+    assert all(merged[name].equal(weights[name]) for name in weights)
+
+
+def test_we_load_the_adapter_of_peft(tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"])
+    theirs = peft.get_peft_model(to_transformers(make_llama()), config)
+    randomize_adapter(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = make_llama()
+    loaded = load_adapter(ours, tmp_path)
+    assert ours(TOKENS).equal(theirs(TOKENS).logits)
+    assert not ours(TOKENS).allclose(make_llama()(TOKENS))
+    assert (loaded.r, loaded.lora_alpha) == (3, 5)
+
+
+def test_peft_loads_the_adapter_of_a_unet(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet()
+    split_attention(unet)
+    base = copy.deepcopy(unet)
+    config = LoraConfig(TARGET_MODULES)
+    apply_lora(unet, config)
+    randomize_adapter(unet)
+    save_adapter(unet, config, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    inputs = UNetInput(torch.randn(2, 2, 4, 4), torch.tensor([1, 500]), torch.tensor([3, 5]))
+    assert theirs(inputs).equal(unet(inputs))
+
+
+def test_split_attention_does_not_change_the_output():
+    torch.manual_seed(0)
+    unet = UNet()
+    for name, parameter in unet.named_parameters():
+        if "bias" in name:  # those of nn.MultiheadAttention are zero at first
+            nn.init.normal_(parameter)
+    inputs = UNetInput(torch.randn(2, 2, 4, 4), torch.tensor([1, 500]), torch.tensor([3, 5]))
+    expected = unet(inputs)
+    split_attention(unet)
+    assert not any(isinstance(module, nn.MultiheadAttention) for module in unet.modules())
+    torch.testing.assert_close(unet(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_rslora": True}, "not supported: it has use_rslora"),
+        ({"alpha_pattern": {"q_proj": 3}}, "not supported: it has alpha_pattern"),
+        ({"target_modules": "all-linear"}, "must be LoRA with a list of layers"),
+        ({"peft_type": "IA3"}, "must be LoRA with a list of layers"),
+        ({"r": 5}, "size mismatch"),
+        ({"target_modules": ["q_proj"]}, r"do not match the model: .*v_proj\.lora_"),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"match .*o_proj\.lora_"),
+        ({"target_modules": ["query"]}, "no linear layer is named query"),
+    ],
+)
+def test_other_adapters_raise_checkpoint_error(folder, change, message):
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(make_llama(), folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_truncated_files_raise_checkpoint_error(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-20])
+    with pytest.raises(CheckpointError, match=name):
+        load_adapter(make_llama(), folder)
+
+
+def test_other_json_raises_checkpoint_error(folder):
+    (folder / CONFIG_FILE).write_text("{}")
+    with pytest.raises(CheckpointError, match="is not the configuration of an adapter"):
+        load_adapter(make_llama(), folder)
+
+
+def test_check_finds_a_changed_base_model(model, tmp_path):
+    check_adapter(model, make_llama(), CONFIG, tmp_path, TOKENS)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    with pytest.raises(CheckFailed, match="weights of the base model"):
+        check_adapter(model, make_llama(), CONFIG, tmp_path, TOKENS)
+
+
+# Command line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Fine-tune a tiny Llama and an untrained diffusion model; return the folder."""
+    folder = tmp_path_factory.mktemp("lora")
+    torch.manual_seed(0)
+    save_pretrained(Llama(dataclasses.replace(LLAMA_TINY, num_hidden_layers=1)), folder / "smollm2")
+    save_model(folder / "stable_diffusion.safetensors", LatentDiffusion(), {"vae": [], "unet": []})
+    return folder
+
+
+def test_run_prints_the_transcript_and_saves_adapters(run, capsys):
+    main(["--steps", "20", "--rank", "2", "--output", str(run), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert re.search(r"trainable, with rank 2 +\d", printed)
+
+    def lines(text: str) -> list[str]:
+        """Return the lines without generated text, and without the results of checks."""
+        return [line.removesuffix(" ok") for line in mask(text) if not line.startswith("|")]
+
+    readme = (REAL_WORLD / "lora" / "README.md").read_text(encoding="utf-8")
+    transcript = readme.split("```text\n")[1].split("```")[0]
+    assert lines(printed.strip()) == lines(transcript.strip())
+    assert matplotlib.image.imread(run / "lora.png").shape == (816, 1440, 4)
+
+    llama = load_pretrained(run / "smollm2")
+    assert load_adapter(llama, run / "lora" / "llama").r == 2
+    unet = UNet()
+    split_attention(unet)
+    assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
+
+
+def test_mirror_exchanges_left_and_right():
+    images = torch.arange(64.0).view(1, 1, 8, 8)
+    assert mirror(images)[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("options", [["--only", "bert"], ["--steps", "3"], ["--rank", "0"]])
+def test_wrong_options_are_usage_errors(options, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(options)
+    assert error.value.code == 2
+    assert f"error: argument {options[0]}: " in capsys.readouterr().err
