@@ -1,6 +1,7 @@
 """SmolLM2, a pretrained Llama, is fine-tuned on Python's language reference."""
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import lesson_code as lesson
 from real_world.common import show
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.data import load_corpus, train_val_split
-from real_world.llama.generate import SamplingParams, stream_generate
+from real_world.llama.generate import GREEDY, stream_generate
 from real_world.llama.model import Llama
 from real_world.llama.pretrained import download_smollm2
 from real_world.llama.tokenizer import Tokenizer, load_tokenizer
@@ -28,9 +29,9 @@ from real_world.lora.verify import check_adapter, count_parameters, show_paramet
 STEPS = 30
 TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)
 EVAL_TOKENS = 4096
-# The title of a page that the reference does not have: Python has no such statement.
-PROMPT = 'The "repeat" statement\n**********************\n\n'
-SAMPLE_LENGTH = 80
+# The start of a page that the reference does not have: Python has no such statement.
+PROMPT = 'The "repeat" statement\n**********************\n\nThe "repeat" statement'
+SAMPLE_LENGTH = 60
 
 
 class LlamaResult(NamedTuple):
@@ -43,16 +44,17 @@ class LlamaResult(NamedTuple):
     sample_after: str
 
 
-def print_sample(title: str, model: Llama, tokenizer: Tokenizer, seed: int) -> str:
-    """Print and return a text that starts with PROMPT."""
-    params = SamplingParams(temperature=0.8, seed=seed)
+def print_sample(title: str, model: Llama, tokenizer: Tokenizer) -> str:
+    """Print and return a text that starts with PROMPT, with its long lines wrapped."""
     tokens = tokenizer.encode(PROMPT)
-    pieces = stream_generate(model, tokenizer, tokens, SAMPLE_LENGTH, params)
-    text = PROMPT + "".join(pieces)
+    text = PROMPT + "".join(stream_generate(model, tokenizer, tokens, SAMPLE_LENGTH, GREEDY))
     print(f"\n  {title}")
+    wrapped = []
     for line in text.splitlines():
+        wrapped += textwrap.wrap(line, 76, subsequent_indent="    ") or [""]
+    for line in wrapped:
         print(f"    | {line}".rstrip())
-    return text
+    return "\n".join(wrapped)
 
 
 def training_costs(model: Llama) -> tuple[int, int, float]:
@@ -99,13 +101,13 @@ def finetune_llama(args: argparse.Namespace) -> LlamaResult:
     lesson.check("output, before training", "that of the base model", unchanged)
     show("training + validation", f"{len(train_tokens):,} + {len(validation_tokens):,} tokens")
     loss_before = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
-    sample_before = print_sample("Generated before training", model, tokenizer, args.seed)
+    sample_before = print_sample("Generated before training", model, tokenizer)
 
     steps = args.steps or STEPS
     print(f"\n  Training, {steps} steps of {BATCH_SIZE} x {CONTEXT_LENGTH} tokens on {args.device}")
     losses = train_llama(model, train_tokens, steps, args.seed)
     loss_after = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
-    sample_after = print_sample("Generated after training", model, tokenizer, args.seed)
+    sample_after = print_sample("Generated after training", model, tokenizer)
 
     print()
     value = f"{loss_before:.4f} -> {loss_after:.4f} nats per token"

@@ -7,44 +7,48 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from real_world.lora.llama import LlamaResult
-from real_world.lora.stable_diffusion import DIGIT, NUM_IMAGES, SAMPLES, DigitsResult
+from real_world.lora.stable_diffusion import NUM_IMAGES, DigitsResult
 from real_world.stable_diffusion.plot import show_grid
 
 
 def show_text(axes: Axes, title: str, text: str) -> None:
     """Show a text in a frame, with the font of a terminal."""
     axes.set(title=title, xticks=[], yticks=[])
-    axes.text(0.02, 0.96, text, va="top", family="monospace", size=6.5, transform=axes.transAxes)
+    axes.text(0.02, 0.94, text, va="top", family="monospace", size=8, transform=axes.transAxes)
 
 
 def plot_llama(figure: SubFigure, result: LlamaResult) -> None:
     """Plot losses, and a text before and after training."""
-    loss, before, after = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    loss = left.subplots()
     steps = len(result.losses)
     loss.set(title="Llama", xlabel="step", ylabel="nats per token")
     loss.plot(range(1, steps + 1), result.losses, lw=0.8, label="training loss")
-    loss.plot((0, steps), (result.loss_before, result.loss_after), "s", label="validation loss")
+    loss.plot((0, steps), (result.loss_before, result.loss_after), "s:", label="validation loss")
     loss.legend(frameon=False)
+    before, after = right.subplots(2, 1)
     show_text(before, "Generated before training", result.sample_before)
     show_text(after, "Generated after training", result.sample_after)
 
 
 def plot_digits(figure: SubFigure, result: DigitsResult) -> None:
     """Plot losses, the training images, and digits before and after training."""
-    loss, train_images, prompts = figure.subplots(1, 3, width_ratios=(1, 0.8, 1.5))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    loss = left.subplots()
     loss.set(title="Stable Diffusion", xlabel="step", ylabel="mean squared error")
     loss.plot(range(1, len(result.losses) + 1), result.losses, lw=0.8, label="training loss")
     loss.legend(frameon=False)
+    train_images, prompts = right.subplots(1, 2, width_ratios=(1, 1.9))
     train_images.set(title=f"The {NUM_IMAGES} training images")
     show_grid(train_images, result.train_images, [""] * 4, [])
 
     # Two images per prompt and model, from the same noise.
     rows = [
-        images[sample::SAMPLES]
+        images.unflatten(0, (10, -1))[:, sample]  # (10, 1, 8, 8)
         for images in (result.images_before, result.images_after)
         for sample in range(2)
     ]
-    prompts.set(title=f"Generated: only the prompt {DIGIT} has changed", xlabel="prompt")
+    prompts.set(title="Generated before and after training, from the same noise", xlabel="prompt")
     labels = ["before", "before", "after", "after"]
     show_grid(prompts, torch.cat(rows), labels, [str(digit) for digit in range(10)])
 

@@ -31,7 +31,7 @@ class DigitsResult(NamedTuple):
 
     losses: list[float]  # of every step
     train_images: torch.Tensor
-    images_before: torch.Tensor  # 50 per digit
+    images_before: torch.Tensor  # SAMPLES per digit
     images_after: torch.Tensor
 
 

@@ -17,7 +17,8 @@ from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.model import Llama
 from real_world.llama.parity import CONFIGS, to_transformers
-from real_world.lora.__main__ import main
+from real_world.lora import stable_diffusion
+from real_world.lora.__main__ import main, parse_args
 from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from real_world.lora.attention import split_attention
 from real_world.lora.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
@@ -148,6 +149,14 @@ def test_we_load_the_adapter_of_peft(tmp_path):
     assert (loaded.r, loaded.lora_alpha) == (3, 5)
 
 
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"rank_pattern": {"q_proj": 3}}])
+def test_other_methods_of_peft_raise_checkpoint_error(option, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **option)
+    peft.get_peft_model(to_transformers(make_llama()), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=WEIGHTS_FILE):
+        load_adapter(make_llama(), tmp_path)
+
+
 def test_peft_loads_the_adapter_of_a_unet(tmp_path):
     torch.manual_seed(0)
     unet = UNet()
@@ -230,7 +239,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_run_prints_the_transcript_and_saves_adapters(run, capsys):
+def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
+    monkeypatch.setattr(stable_diffusion, "SAMPLES", 5)
     main(["--steps", "20", "--rank", "2", "--output", str(run), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert re.search(r"trainable, with rank 2 +\d", printed)
@@ -251,6 +261,13 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys):
     assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
 
 
+def test_readme_shows_the_layer():
+    readme = (REAL_WORLD / "lora" / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("```python\n")[1].split("```")[0].splitlines()
+    source = iter((REAL_WORLD / "lora" / "lora.py").read_text(encoding="utf-8").splitlines())
+    assert all(line in source for line in shown)  # in this order; docstrings are left out
+
+
 def test_mirror_exchanges_left_and_right():
     images = torch.arange(64.0).view(1, 1, 8, 8)
     assert mirror(images)[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
@@ -259,6 +276,6 @@ def test_mirror_exchanges_left_and_right():
 @pytest.mark.parametrize("options", [["--only", "bert"], ["--steps", "3"], ["--rank", "0"]])
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as error:
-        main(options)
+        parse_args(options)
     assert error.value.code == 2
     assert f"error: argument {options[0]}: " in capsys.readouterr().err
