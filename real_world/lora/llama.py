@@ -78,6 +78,7 @@ def print_costs(model: Llama, base_model: Llama) -> None:
     lora = training_costs(model)
     for name, (trainable, memory, flops) in (("full fine-tuning", full), ("LoRA", lora)):
         print(f"  {name:<17}{trainable:>13,}{memory / 1e6:>25,.0f} MB{flops / 1e9:>20.2f}")
+    print()
 
 
 def finetune_llama(args: argparse.Namespace) -> LlamaResult:

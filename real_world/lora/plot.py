@@ -7,14 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from real_world.lora.llama import LlamaResult
-from real_world.lora.stable_diffusion import NUM_IMAGES, DigitsResult
+from real_world.lora.stable_diffusion import DIGIT, NUM_IMAGES, DigitsResult
 from real_world.stable_diffusion.plot import show_grid
 
 
 def show_text(axes: Axes, title: str, text: str) -> None:
     """Show a text in a frame, with the font of a terminal."""
     axes.set(title=title, xticks=[], yticks=[])
-    axes.text(0.02, 0.94, text, va="top", family="monospace", size=8, transform=axes.transAxes)
+    axes.text(0.02, 0.94, text, va="top", family="monospace", size=7.5, transform=axes.transAxes)
 
 
 def plot_llama(figure: SubFigure, result: LlamaResult) -> None:
@@ -51,6 +51,7 @@ def plot_digits(figure: SubFigure, result: DigitsResult) -> None:
     prompts.set(title="Generated before and after training, from the same noise", xlabel="prompt")
     labels = ["before", "before", "after", "after"]
     show_grid(prompts, torch.cat(rows), labels, [str(digit) for digit in range(10)])
+    prompts.get_xticklabels()[DIGIT].set(color="C1", weight="bold")
 
 
 def plot_lora(path: Path, llama: LlamaResult | None, digits: DigitsResult | None) -> None:
