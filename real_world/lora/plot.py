@@ -19,7 +19,7 @@ def show_text(axes: Axes, title: str, text: str) -> None:
 
 def plot_llama(figure: SubFigure, result: LlamaResult) -> None:
     """Plot losses, and a text before and after training."""
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False).flat
     loss = left.subplots()
     steps = len(result.losses)
     loss.set(title="Llama", xlabel="step", ylabel="nats per token")
@@ -33,7 +33,7 @@ def plot_llama(figure: SubFigure, result: LlamaResult) -> None:
 
 def plot_digits(figure: SubFigure, result: DigitsResult) -> None:
     """Plot losses, the training images, and digits before and after training."""
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False).flat
     loss = left.subplots()
     loss.set(title="Stable Diffusion", xlabel="step", ylabel="mean squared error")
     loss.plot(range(1, len(result.losses) + 1), result.losses, lw=0.8, label="training loss")
