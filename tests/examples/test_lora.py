@@ -260,6 +260,16 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
     assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
 
 
+def test_base_model_is_trained_and_saved_if_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("real_world.stable_diffusion.__main__.VAE_EPOCHS", 1)
+    monkeypatch.setattr("real_world.stable_diffusion.__main__.UNET_STEPS", 20)
+    args = parse_args(["--output", str(tmp_path), "--device", "cpu"])
+    trained = stable_diffusion.load_base_model(args).state_dict()
+    loaded = stable_diffusion.load_base_model(args).state_dict()
+    assert capsys.readouterr().out.count("model loaded from") == 1
+    assert all(trained[name].equal(loaded[name]) for name in trained)
+
+
 def test_readme_shows_the_layer():
     readme = (REAL_WORLD / "lora" / "README.md").read_text(encoding="utf-8")
     shown = readme.split("```python\n")[1].split("```")[0].splitlines()
@@ -272,7 +282,9 @@ def test_mirror_exchanges_left_and_right():
     assert mirror(images)[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("options", [["--only", "bert"], ["--steps", "3"], ["--rank", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--only", "bert"], ["--steps", "3"], ["--rank", "0"], ["--rank", "513"]]
+)
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as error:
         parse_args(options)
