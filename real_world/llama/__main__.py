@@ -11,7 +11,6 @@ smaller, its tokens are bytes, and lm_head shares the weights of the embedding.
 """
 
 import argparse
-import math
 import textwrap
 import time
 from pathlib import Path
@@ -39,38 +38,45 @@ DTYPES = {
 }
 
 
+def prompt_text(text: str) -> str:
+    """Argparse type: a text that is not empty, and can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("must be UTF-8") from None
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("llama", "Llama 3 in miniature: parity, training, generation, costs.")
     add = parser.add_argument
     add("--steps", metavar="N", type=bounded_int(20), default=STEPS, help="default: 1000")
-    add("--prompt", metavar="TEXT", help="only continue or answer this text")
+    text = "only answer or continue this text, with a trained model"
+    add("--prompt", metavar="TEXT", type=prompt_text, help=text)
     source = parser.add_mutually_exclusive_group()
-    weights = "with --prompt: a model in Hugging Face's format (default: the trained model)"
+    weights = "a model in Hugging Face's format (default: the one that this example trained)"
     source.add_argument("--weights", metavar="DIR", type=Path, help=weights)
-    pretrained = "with --prompt: downloaded once, 93 MB"
+    pretrained = "use SmolLM2-135M-Instruct (93 MB, downloaded once)"
     source.add_argument("--pretrained", choices=["smollm2"], help=pretrained)
     add("--no-chat", action="store_true", help="continue the prompt, without a chat template")
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text")
-    add("--dtype", choices=DTYPES, default="auto", help="with --prompt (default: auto, the files')")
-    add("--max-new-tokens", metavar="N", type=bounded_int(1), default=240, help="default: 240")
+    stop = "end before this text (can be repeated)"
+    add("--stop", metavar="TEXT", type=prompt_text, action="append", default=[], help=stop)
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as in the files)")
+    max_tokens = bounded_int(1, 2**17)
+    add("--max-new-tokens", metavar="N", type=max_tokens, default=240, help="default: 240")
     add("--temperature", metavar="T", type=float, default=0.8, help="0: greedy (default: 0.8)")
     add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
     add("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     args = parser.parse_args(argv)
-    if args.prompt is None:
-        for option in ("weights", "pretrained", "no_chat", "stop"):
-            if getattr(args, option):
-                parser.error(f"--{option.replace('_', '-')} requires --prompt")
-        if args.dtype != "auto":
-            parser.error("--dtype requires --prompt")
-    if not 0 <= args.temperature < math.inf:
-        parser.error("argument --temperature: must be a finite number, at least 0")
-    if not 0 < args.top_p <= 1:
-        parser.error("argument --top-p: must be above 0 and at most 1")
-    if args.prompt == "":
-        parser.error("argument --prompt: must not be empty")
-    if "" in args.stop:
-        parser.error("argument --stop: must not be empty")
+    chosen = (args.weights, args.pretrained, args.no_chat, args.stop, DTYPES[args.dtype])
+    if args.prompt is None and any(chosen):
+        parser.error("--weights, --pretrained, --no-chat, --stop and --dtype require --prompt")
+    try:
+        args.params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
+    except ValueError as error:
+        parser.error(f"argument --{error}".replace("_", "-"))
     return args
 
 
@@ -89,7 +95,7 @@ def model_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
+def continue_prompt(args: argparse.Namespace) -> None:
     """Print a model's answer to a prompt, or without a chat template the text that continues it."""
     folder = model_folder(args)
     model = load_pretrained(folder, args.device, DTYPES[args.dtype])
@@ -102,17 +108,18 @@ def continue_prompt(args: argparse.Namespace, params: SamplingParams) -> None:
         print(printable(args.prompt), end="", flush=True)
     else:
         tokens = tokenizer.encode(chat, add_special_tokens=False)
-    for piece in stream_generate(model, tokenizer, tokens, args.max_new_tokens, params, args.stop):
+    max_new_tokens = args.max_new_tokens
+    for piece in stream_generate(model, tokenizer, tokens, max_new_tokens, args.params, args.stop):
         print(piece, end="", flush=True)
     print()
 
 
 def print_sample(title: str, model: Llama, max_new_tokens: int, params: SamplingParams) -> None:
     print(f"\n  {title}")
-    tokenizer, text = ByteTokenizer(), "The "
-    text += "".join(
-        stream_generate(model, tokenizer, tokenizer.encode(text), max_new_tokens, params)
-    )
+    tokenizer = ByteTokenizer()
+    start = "The "
+    pieces = stream_generate(model, tokenizer, tokenizer.encode(start), max_new_tokens, params)
+    text = start + "".join(pieces)
     for paragraph in text.split("\n"):
         for line in textwrap.wrap(paragraph, 72) or [""]:
             print(f"    | {line}".rstrip())
@@ -120,9 +127,8 @@ def print_sample(title: str, model: Llama, max_new_tokens: int, params: Sampling
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
     if args.prompt is not None:
-        continue_prompt(args, params)
+        continue_prompt(args)
         return
     print_heading(
         "Llama 3 in miniature",
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     model = Llama(LLAMA_TINY).to(args.device)
-    print_sample("Generated before training", model, args.max_new_tokens, params)
+    print_sample("Generated before training", model, args.max_new_tokens, args.params)
 
     batch = f"{BATCH_SIZE} x {CONTEXT_LENGTH} bytes"
     print(f"\n  Training, {args.steps} steps of {batch} on {args.device}")
@@ -161,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         lesson.check("validation loss", value, validation_loss < 0.75 * bigram)
     else:
         show("validation loss", value)
-    print_sample("Generated after training", model, args.max_new_tokens, params)
+    print_sample("Generated after training", model, args.max_new_tokens, args.params)
 
     print("\n  Decoding with and without KV cache")
     prompt = torch.tensor([ByteTokenizer().encode("The ")], device=args.device)  # (1, length)

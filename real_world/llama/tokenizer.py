@@ -41,7 +41,7 @@ class HuggingFaceTokenizer:
         tokens = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if max(tokens, default=0) >= self.vocab_size:
             message = f"token {max(tokens)}, but the model's vocab_size is {self.vocab_size}"
-            raise CheckpointError(f"tokenizer.json has {message}")
+            raise CheckpointError(f"the text has {message}: tokenizer.json is of another model")
         return tokens
 
     def decode(self, tokens: list[int]) -> str:

@@ -178,6 +178,8 @@ def test_costs_are_those_of_real_models():
         "--no-chat",
         "--stop=x",
         "--prompt=a --stop=",
+        "--prompt=\udcff",
+        "--max-new-tokens=200000",
         "--steps=19",
         "--top-p=1.5",
         "--temperature=nan",

@@ -100,6 +100,8 @@ def test_sharded_bfloat16_weights(tmp_path):
     reference = parity.to_transformers(build()).bfloat16()
     reference.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    old = {name: torch.zeros_like(w) for name, w in reference.state_dict().items()}
+    save_file(old, tmp_path / "model-00009-of-00009.safetensors")  # not in the index
     state_dict = load_pretrained(tmp_path).state_dict()
     assert all(weight.dtype == torch.bfloat16 for weight in state_dict.values())
     assert all(state_dict[name].equal(w) for name, w in reference.state_dict().items())

@@ -51,7 +51,7 @@ def test_filter_logits_equals_transformers():
         torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), expected)
 
 
-def test_sampling_depends_on_the_seed_and_on_nothing_if_greedy():
+def test_sampling_is_seeded():
     model = build()
 
     def tokens(*params) -> list[int]:
@@ -164,9 +164,9 @@ def pieces_of(max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
 
 
 def test_streamed_text_has_whole_characters_and_no_control_characters(monkeypatch):
-    tokens = iter("né\x1b[2J€\n".encode() + b"\xff")
+    tokens = iter("né\x1b[2J€\t\u3000\n".encode() + b"\xff")
     monkeypatch.setattr("real_world.llama.generate.sample", lambda *_: torch.tensor([next(tokens)]))
-    assert pieces_of(12) == ["n", "é", ".", "[", "2", "J", "€", "\n", "."]
+    assert pieces_of(16) == ["n", "é", ".", "[", "2", "J", "€", "\t", "\u3000", "\n", "."]
 
 
 @pytest.mark.parametrize(
