@@ -1,7 +1,7 @@
 """Joining the processes that torchrun has started, and dividing a batch between them.
 
 torchrun sets environment variables in each process: RANK (its number), WORLD_SIZE (how many there
-are), LOCAL_RANK (its number on this machine), MASTER_ADDR and MASTER_PORT (where they meet).
+are), LOCAL_RANK (its number on this machine), MASTER_ADDR and MASTER_PORT (the rendezvous).
 Other launchers can set them too.
 """
 
@@ -27,15 +27,16 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def init_process_group(device: torch.device, timeout: int) -> None:
-    """Join the other processes, within `timeout` seconds. Without a launcher, there are none.
+    """Join the process group. Without a launcher's variables, it has this process only.
 
-    Raises CheckFailed if a variable is missing or wrong, or if a process does not come.
+    Raises CheckFailed if a variable is missing or wrong, or if a rank does not join within
+    `timeout` seconds.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = dist.get_default_backend_for_device(device)  # nccl for GPUs, gloo for CPUs
     device_id = device if device.type == "cuda" else None
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     if dist.is_torchelastic_launched():  # by torchrun
@@ -44,8 +45,8 @@ def init_process_group(device: torch.device, timeout: int) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
     except (ValueError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
-        message = f"rank {os.environ['RANK']} could not join the other processes: {reason}"
-        raise lesson.CheckFailed(message) from None
+        rank = os.environ.get("RANK", "?")
+        raise lesson.CheckFailed(f"rank {rank} could not join the others: {reason}") from None
 
 
 def exit_with_parent(parent: int) -> None:

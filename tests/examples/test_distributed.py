@@ -156,15 +156,16 @@ def test_missing_rank_ends_the_others(tmp_path):
     ):
         status, output = finish(rank0)
         assert (status, "Traceback" in output) == (1, False)
-        assert "\nerror: rank 0 could not join the other processes: " in f"\n{output}"
+        assert "\nerror: rank 0 could not join the others: " in f"\n{output}"
         assert "2/3 clients joined" in output
         status, output = finish(rank1)
         assert (status, "Traceback" in output) == (1, False)
 
 
-def test_missing_variable_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(lesson.CheckFailed, match="WORLD_SIZE expected, but not set"):
+@pytest.mark.parametrize(("name", "missing"), [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])
+def test_missing_variable_is_named(name, missing, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(lesson.CheckFailed, match=f"{missing} expected, but not set"):
         distributed.main(["--device", "cpu", "--output", str(tmp_path)])
 
 
