@@ -59,7 +59,7 @@ class LatentDiffusion(nn.Module):
             guidance_scale: How far to move from the prediction without a prompt to the one with it:
                 0 ignores the prompt, 1 follows it, more exaggerates it. It is 1 + w in equation 6
                 of Ho and Salimans, 2022.
-            num_inference_steps: DDIM steps; a divisor of the 1000 timesteps.
+            num_inference_steps: DDIM steps.
             seed: The seed of the initial noise.
             on_step_end: Called with the latents, (batch, 2, 4, 4), after every step.
         """

@@ -94,7 +94,7 @@ class NoiseScheduler:
         self.betas = make_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
         if rescale_betas_zero_snr:
             self.betas = rescale_zero_terminal_snr(self.betas)
-        self.alphas_cumprod = (1 - self.betas).cumprod(dim=0)  # the clean latents' part of variance
+        self.alphas_cumprod = (1 - self.betas).cumprod(dim=0)  # the signal's part of the variance
         self.final_alpha_cumprod = torch.ones(()) if set_alpha_to_one else self.alphas_cumprod[0]
         self.num_train_timesteps = num_train_timesteps
         self.prediction_type = prediction_type
@@ -161,11 +161,10 @@ class NoiseScheduler:
             timesteps = timesteps[:num_inference_steps]  # rounding errors may add one
         else:
             timesteps = np.linspace(0, total - 1, num_inference_steps).round()[::-1]
-        first, last = int(timesteps[0]), int(timesteps[-1])
-        if first >= total or last < 0:
-            options = f"num_inference_steps {num_inference_steps} with steps_offset"
-            timestep_range = f"timesteps {last} to {first}; there are 0 to {total - 1}"
-            raise ValueError(f"{options} {self.steps_offset} needs {timestep_range}")
+        if timesteps[0] >= total:
+            message = f"timestep {timesteps[0]} does not exist, with steps_offset"
+            steps = f"num_inference_steps {num_inference_steps}"
+            raise ValueError(f"{message} {self.steps_offset} and {steps}")
         return timesteps.astype(int).tolist()
 
     def ddim_step(
