@@ -1,4 +1,4 @@
-"""The model in LitServe, with dynamic batching, to compare serve with."""
+"""The model in LitServe, with dynamic batching, for comparison with serve."""
 
 import argparse
 
@@ -18,7 +18,7 @@ class Predict(litserve.LitAPI):
 
     def decode_request(self, request: dict) -> torch.Tensor:
         """Return the features of a request, (rows, 4)."""
-        return torch.tensor(request["features"])
+        return torch.tensor(request["features"], dtype=torch.float32)
 
     def batch(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Return the rows of all requests of a batch."""
@@ -30,12 +30,12 @@ class Predict(litserve.LitAPI):
         return lesson.predict(self.model, x)
 
     def unbatch(self, output: tuple[torch.Tensor, torch.Tensor]) -> list:
-        """Return those of each request."""
+        """Split the output by request."""
         classes, probabilities = output
         return list(zip(classes.split(self.rows), probabilities.split(self.rows), strict=True))
 
     def encode_response(self, output: tuple[torch.Tensor, torch.Tensor]) -> dict:
-        """Return what is sent, as JSON."""
+        """Return the JSON response."""
         classes, probabilities = output
         return {"classes": classes.tolist(), "probabilities": probabilities.tolist()}
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int)
     parser.add_argument("--workers", type=int)
     args = parser.parse_args()
-    api = Predict(max_batch_size=64, batch_timeout=0.001)  # of several settings, the fastest
+    api = Predict(max_batch_size=64, batch_timeout=0.001)
     server = litserve.LitServer(
         api, accelerator="cpu", workers_per_device=args.workers, fast_queue=True
     )

@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -65,9 +65,16 @@ def answers(url: str) -> bool:
     return True
 
 
+class Server(NamedTuple):
+    """A server that runs in a process group of its own."""
+
+    url: str
+    process_group: int
+
+
 @contextlib.contextmanager
-def run_server(module: str, *options: str) -> Iterator[str]:
-    """Run `python -m module` on a free port until the block ends; yield its URL."""
+def run_server(module: str, *options: str) -> Iterator[Server]:
+    """Run `python -m module` on a free port until the block ends, suspended at first."""
     port = free_port()
     command = [sys.executable, "-m", module, "--port", str(port), *options]
     url = f"http://127.0.0.1:{port}"
@@ -79,21 +86,27 @@ def run_server(module: str, *options: str) -> Iterator[str]:
                 if server.poll() is not None:
                     raise RuntimeError(f"{module} ended with status {server.returncode}")
                 time.sleep(0.1)
-            yield url
+            os.killpg(server.pid, signal.SIGSTOP)
+            yield Server(url, server.pid)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)  # also the workers, which LitServe leaves
 
 
-def generate_load(url: str, connections: int, seconds: int) -> dict[str, float]:
-    """Return the requests per second, and the p50 and p99 latencies in ms."""
+def generate_load(server: Server, connections: int, seconds: int) -> dict[str, float]:
+    """Return the requests per second, and the p50 and p99 latencies in ms.
+
+    The other servers are suspended: some use the CPU even without requests.
+    """
     script = str(Path(__file__).with_name("predict.lua"))
     options = ["-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "10s", "-s", script]
-    command = ["wrk", *options, f"{url}/predict"]
+    command = ["wrk", *options, f"{server.url}/predict"]
+    os.killpg(server.process_group, signal.SIGCONT)
     output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    os.killpg(server.process_group, signal.SIGSTOP)
     measured = json.loads(output[output.rindex("{") :])
     if errors := measured.pop("errors"):
-        raise lesson.CheckFailed(f"check failed: {errors} of wrk's requests to {url} failed")
+        raise lesson.CheckFailed(f"check failed: {errors} of wrk's requests to {server.url} failed")
     return measured
 
 
@@ -105,11 +118,11 @@ def measure(quick: bool) -> dict[str, Any]:
     load_lesson_model(lesson.OUTPUT / "lesson.pt")  # trains and saves one if there is none
     results: dict[str, Any] = {name: {} for name in SERVERS}
     with contextlib.ExitStack() as stack:
-        urls = {name: stack.enter_context(run_server(*args)) for name, args in SERVERS.items()}
+        servers = {name: stack.enter_context(run_server(*args)) for name, args in SERVERS.items()}
         for connections in CONNECTIONS:
             candidates = {
-                name: functools.partial(generate_load, url, connections, seconds)
-                for name, url in urls.items()
+                name: functools.partial(generate_load, server, connections, seconds)
+                for name, server in servers.items()
             }
             runs = interleave(candidates, rounds, f"serve, {connections} connections")
             for name, measured in runs.items():

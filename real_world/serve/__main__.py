@@ -70,9 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         default="auto",
         help="auto, cpu, cuda, cuda:N (default: auto)",
     )
-    ip = ipaddress.ip_address
     port = bounded_int(0, 65535)
-    add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT, help="of the lesson")
+    ip = ipaddress.ip_address
+    text = "default: the lesson's"
+    add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT, help=text)
     add("--host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0: any free port")
     add("--metrics-port", metavar="N", type=port, default=8002, help="default: 8002; 0: any")
@@ -96,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     url = f"http://[{host}]" if ":" in host else f"http://{host}"
     reserved_port = reserve_port(host, args.port)
     reserve_port(host, args.metrics_port).close()
-    address, port, *_ = reserved_port.getsockname()
-    monitor = Monitor(args.workers, f"{url}:{port}")
+    address, bound_port, *_ = reserved_port.getsockname()
+    monitor = Monitor(args.workers, f"{url}:{bound_port}")
     registry = CollectorRegistry()
     registry.register(monitor.totals)
     metrics_server, _ = start_http_server(args.metrics_port, host, registry)
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     server = Granian(
         "serve",
         address=address,
-        port=port,
+        port=bound_port,
         interface=Interfaces.ASGI,
         http=HTTPModes.http1,
         websockets=False,
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         for child in multiprocessing.active_children():
             child.kill()
     if monitor.failed:
-        raise lesson.CheckFailed("too many workers died, see above")
+        raise lesson.CheckFailed("a worker could not start, or workers keep dying; see above")
     announce("stopped", "all workers have ended")
 
 

@@ -82,6 +82,7 @@ def openapi_schema(in_features: int) -> dict[str, Any]:
             "408": response("The body did not arrive in time", error),
             "413": response("Body too large", error),
             "422": response("JSON, but not features of this model", error),
+            "500": response("A failure of the model, or a bug", error),
         },
     }
     ready = {"responses": {"200": response("The worker is ready", status)}}

@@ -48,7 +48,7 @@ class Totals:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        for metrics in zip(*list(self.by_worker.values()), strict=True):
+        for metrics in zip(*self.by_worker.values(), strict=True):
             totals: Counter[tuple[str, tuple]] = Counter()
             for metric in metrics:
                 for sample in metric.samples:

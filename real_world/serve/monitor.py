@@ -24,7 +24,7 @@ def announce(label: str, value: object) -> None:
 class Monitor:
     """Watches the workers, in a thread of the supervisor; the server replaces those that end.
 
-    It sums what workers counted, kills one that hangs, and says how one died.
+    It sums what workers counted, kills one that hangs, and reports how one ended.
     """
 
     def __init__(self, workers: int, url: str) -> None:
@@ -33,10 +33,12 @@ class Monitor:
         self.receiver, self.reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.receiver.setblocking(False)
         self.reports.setblocking(False)
+        self.reports.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # 2 KB on macOS
         self.totals = Totals()
         self.children: dict[int | None, multiprocessing.process.BaseProcess] = {}
         self.silent_rounds: dict[int | None, int] = {}  # since a worker's last report
         self.deaths: list[float] = []
+        self.ready = False
         self.stopping = False
         self.failed = False
 
@@ -48,10 +50,10 @@ class Monitor:
                 while True:
                     pid, self.totals.by_worker[pid] = pickle.loads(self.receiver.recv(2**16))
                     self.silent_rounds[pid] = 0
-            if self.url and len(self.silent_rounds) == self.workers:
+            if not self.ready and len(self.silent_rounds) == self.workers:
                 announce("worker processes", ", ".join(map(str, self.silent_rounds)))
                 announce("ready, listening on", f"{self.url} (Ctrl-C to stop)")
-                self.url = ""
+                self.ready = True
             self.children.update({child.pid: child for child in multiprocessing.active_children()})
             for pid, child in list(self.children.items()):
                 if child.exitcode is not None:
@@ -73,6 +75,6 @@ class Monitor:
         announce("worker died", f"{pid}, {reason}")
         now = time.monotonic()
         self.deaths = [*(death for death in self.deaths if now - death < PERIOD), now]
-        if self.url or len(self.deaths) >= MAX_DEATHS:  # it could not start, or it goes on dying
+        if not self.ready or len(self.deaths) >= MAX_DEATHS:
             self.failed = True
             os.kill(os.getpid(), signal.SIGTERM)
