@@ -14,11 +14,14 @@ PREFIX = ".deploy-"
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Lock a folder; the end of the process unlocks it. Raises BlockingIOError if it is locked."""
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a folder; the end of the process unlocks it.
+
+    Raises BlockingIOError if it is locked and `wait` is False.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -27,20 +30,22 @@ def lock(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def temporary_dir(output: Path) -> Iterator[Path]:
     """Create a folder in `output`, from where a file can be moved to `output` atomically."""
-    with (
-        tempfile.TemporaryDirectory(
-            prefix=PREFIX, dir=output.resolve(), ignore_cleanup_errors=True
-        ) as folder,
-        lock(Path(folder)),
-    ):
-        yield Path(folder)
+    with contextlib.ExitStack() as stack:
+        with lock(output, wait=True):  # no other run removes the folder before it is locked
+            temporary = tempfile.TemporaryDirectory(
+                prefix=PREFIX, dir=output.resolve(), ignore_cleanup_errors=True
+            )
+            folder = Path(stack.enter_context(temporary))
+            stack.enter_context(lock(folder))
+        yield folder
 
 
 def remove_abandoned(output: Path) -> None:
     """Remove the temporary folders of processes that were killed: they are not locked."""
-    for folder in output.glob(f"{PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    with lock(output, wait=True):
+        for folder in output.glob(f"{PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), lock(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

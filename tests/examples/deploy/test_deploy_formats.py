@@ -5,17 +5,19 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from deploy_run import COMMAND, ROOT, run, run_example
+from processes import start
 from torch._dynamo.utils import counters
 
 import lesson_code as lesson
 from real_world.deploy.cpp import run_build
 from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify, first_error
-from real_world.deploy.scratch import remove_abandoned
+from real_world.deploy.scratch import remove_abandoned, temporary_dir
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +130,9 @@ with scratch_dir(pathlib.Path(sys.argv[1])):
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_killed_run_leaves_no_temporary_files(tmp_path, stop):
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-c", SCRATCH, tmp_path]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    with start() as run, start() as other:
-        folders = [Path(process.stdout.readline().decode().strip()) for process in (run, other)]
+    command = [sys.executable, "-c", SCRATCH, tmp_path]
+    with start(*command) as run, start(*command) as other:
+        folders = [Path(process.stdout.readline().strip()) for process in (run, other)]
         assert all(folder.is_relative_to(tmp_path) for folder in folders)
         run.send_signal(stop)
         assert run.wait() != 0
@@ -141,7 +140,18 @@ def test_killed_run_leaves_no_temporary_files(tmp_path, stop):
             remove_abandoned(tmp_path)  # as the next run does
         assert list(tmp_path.iterdir()) == [folders[1].parent], "that of the other run"
         other.terminate()
-    assert list(tmp_path.iterdir()) == []
+        other.wait()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_start_at_once_keep_their_folders(tmp_path):
+    def run_once(_: int) -> bool:
+        remove_abandoned(tmp_path)
+        with temporary_dir(tmp_path) as folder:
+            return folder.exists()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run_once, range(400)))
 
 
 def test_two_builds_at_a_time(tmp_path):
