@@ -19,9 +19,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("lora", "Fine-tuning of two pretrained models with LoRA.")
     add = parser.add_argument
     add("--only", choices=("llama", "stable_diffusion"), help="fine-tune one model (default: both)")
-    steps = "training steps (default: 30 for llama, 300 for stable_diffusion)"
+    steps = "training steps, at least 20 (default: 30 for llama, 300 for stable_diffusion)"
     add("--steps", metavar="N", type=bounded_int(20), help=steps)
-    add("--rank", metavar="R", type=bounded_int(1, 512), default=8, help="default: 8")
+    add("--rank", metavar="R", type=bounded_int(1, 64), default=8, help="default: 8")
     parser.set_defaults(train_steps=None)  # for the base model, stable_diffusion's own default
     return parser.parse_args(argv)
 

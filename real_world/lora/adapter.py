@@ -20,8 +20,19 @@ from real_world.lora.lora import LoraConfig, apply_lora
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."  # peft's wrappers around the model
-# What changes the result of peft's LoRA, and not the names or the shapes of the weights.
-UNSUPPORTED = ("use_rslora", "alpha_pattern", "alora_invocation_tokens", "layer_replication")
+# Other values of these fields change the result. Those that change the names or the shapes of the
+# weights, as DoRA does, need no check of their own.
+UNSET: tuple = (None, False, {}, [])
+SUPPORTED_VALUES: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, "gaussian", None),  # others change the base weights
+    "alora_invocation_tokens": UNSET,
+    "alpha_pattern": UNSET,
+    "layer_replication": UNSET,
+    "modules_to_save": UNSET,
+    "use_rslora": UNSET,
+}
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -37,17 +48,16 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer.", "."): state_dict[name] for name in names}
 
 
-def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base_model: str = "") -> Path:
+def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
     """Save the adapter of a model; return the file with the weights.
 
     Args:
         model: changed by apply_lora().
         config: what apply_lora() was given.
         folder: is created.
-        base_model: the name or the folder of the model, which peft shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"peft_type": "LORA", "base_model_name_or_path": base_model, **asdict(config)}
+    content = {"peft_type": "LORA", "base_model_name_or_path": "", **asdict(config)}
     atomic_write(folder / CONFIG_FILE, f"{json.dumps(content, indent=2)}\n".encode())
     atomic_write(folder / WEIGHTS_FILE, save(lora_state_dict(model), metadata={"format": "pt"}))
     return folder / WEIGHTS_FILE
@@ -58,12 +68,15 @@ def read_config(path: Path) -> LoraConfig:
     try:
         content = json.loads(path.read_text())
         target_modules = content["target_modules"]
-        if content["peft_type"] != "LORA" or not isinstance(target_modules, list):
-            raise CheckpointError(f"{path} is not supported: it must be LoRA with a list of layers")
-        for name in UNSUPPORTED:
-            if content.get(name):
-                raise CheckpointError(f"{path} is not supported: it has {name}")
-        return LoraConfig(tuple(target_modules), content["r"], content["lora_alpha"])
+        if not isinstance(target_modules, list):  # a pattern
+            raise CheckpointError(f"{path} is not supported: target_modules is not a list")
+        for field, values in SUPPORTED_VALUES.items():
+            if content.get(field) not in values:
+                value = json.dumps(content.get(field))
+                raise CheckpointError(f"{path} is not supported: {field} is {value}")
+        if content["r"] < 1:
+            raise ValueError("r must be at least 1")
+        return LoraConfig(tuple(target_modules), content["r"], float(content["lora_alpha"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of an adapter: {error!r}") from None
 
@@ -76,13 +89,16 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         OSError: a file is missing.
     """
     config = read_config(folder / CONFIG_FILE)
+    try:
+        apply_lora(model, config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     path = folder / WEIGHTS_FILE
     try:
         weights = load(path.read_bytes())
-        apply_lora(model, config)
         weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: other shapes
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: other shapes
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     missing = [name for name in missing if "lora_" in name]
     if missing or unexpected:

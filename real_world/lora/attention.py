@@ -1,7 +1,7 @@
 """Attention with one linear layer per projection, which LoRA can adapt.
 
 nn.MultiheadAttention has parameters instead, and those of queries, keys and values may be one
-matrix. The names to_q, to_k, to_v and to_out are those of diffusers.
+matrix. The names to_q, to_k, to_v and to_out follow diffusers.
 """
 
 import torch
@@ -16,10 +16,11 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """An nn.MultiheadAttention with the same weights in linear layers."""
+    """A batch_first nn.MultiheadAttention, without dropout, with its weights in linear layers."""
 
     def __init__(self, attn: nn.MultiheadAttention) -> None:
         super().__init__()
+        assert attn.batch_first
         self.num_heads = attn.num_heads
         if attn.in_proj_weight is not None:  # keys and values are as wide as queries
             q_weight, k_weight, v_weight = attn.in_proj_weight.chunk(3)
@@ -40,10 +41,9 @@ class Attention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        need_weights: bool = False,
+        need_weights: bool,  # always False
     ) -> tuple[torch.Tensor, None]:
-        """Return (batch, length, channels), and no weights of the attention."""
-        assert not need_weights
+        """Return (batch, length, channels), and None instead of weights of the attention."""
         heads = (self.num_heads, -1)  # each of q, k, v: (batch, heads, length, head_dim)
         q = self.to_q(query).unflatten(-1, heads).transpose(1, 2)
         k = self.to_k(key).unflatten(-1, heads).transpose(1, 2)

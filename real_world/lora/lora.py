@@ -38,9 +38,10 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """Add the update to the frozen weight; return the linear layer, as fast as before."""
+        """Return the linear layer with the update added to its weight, as fast as before."""
         update = self.lora_B.weight @ self.lora_A.weight  # (out_features, in_features)
-        self.base_layer.weight += self.scaling * update
+        weight = self.base_layer.weight + self.scaling * update  # not in place: it may be shared
+        self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
         return self.base_layer
 
 

@@ -24,7 +24,7 @@ def plot_llama(figure: SubFigure, result: LlamaResult) -> None:
     steps = len(result.losses)
     loss.set(title="Llama", xlabel="step", ylabel="nats per token")
     loss.plot(range(1, steps + 1), result.losses, lw=0.8, label="training loss")
-    loss.plot((0, steps), (result.loss_before, result.loss_after), "s:", label="validation loss")
+    loss.plot((0, steps), (result.loss_before, result.loss_after), "s", label="validation loss")
     loss.legend(frameon=False)
     before, after = right.subplots(2, 1)
     show_text(before, "Generated before training", result.sample_before)
@@ -35,7 +35,7 @@ def plot_digits(figure: SubFigure, result: DigitsResult) -> None:
     """Plot losses, the training images, and digits before and after training."""
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False).flat
     loss = left.subplots()
-    loss.set(title="Stable Diffusion", xlabel="step", ylabel="mean squared error")
+    loss.set(title="Diffusion model on digits", xlabel="step", ylabel="mean squared error")
     loss.plot(range(1, len(result.losses) + 1), result.losses, lw=0.8, label="training loss")
     loss.legend(frameon=False)
     train_images, prompts = right.subplots(1, 2, width_ratios=(1, 1.9))
@@ -58,9 +58,9 @@ def plot_lora(path: Path, llama: LlamaResult | None, digits: DigitsResult | None
     """Save the figure as a PNG, with a row for each of the results."""
     num_rows = (llama is not None) + (digits is not None)
     figure = Figure(figsize=(12, 3.4 * num_rows), dpi=120, layout="constrained")
-    rows = list(figure.subfigures(num_rows, 1, squeeze=False).flat)
+    rows = figure.subfigures(num_rows, 1, squeeze=False)[:, 0]
     if llama is not None:
-        plot_llama(rows.pop(0), llama)
+        plot_llama(rows[0], llama)
     if digits is not None:
-        plot_digits(rows.pop(0), digits)
+        plot_digits(rows[-1], digits)
     figure.savefig(path)

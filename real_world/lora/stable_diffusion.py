@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from real_world.common import show
 from real_world.lora.attention import split_attention
 from real_world.lora.lora import LoraConfig, apply_lora
 from real_world.lora.verify import check_adapter, show_parameters
-from real_world.stable_diffusion.__main__ import train_model
+from real_world.stable_diffusion.__main__ import load_or_train
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import nearest_distances, train_classifier
-from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model, save_model
+from real_world.stable_diffusion.pipeline import LatentDiffusion
 from real_world.stable_diffusion.train import BATCH_SIZE, train_unet
 from real_world.stable_diffusion.unet import UNetInput
 
@@ -40,19 +39,6 @@ def mirror(images: torch.Tensor) -> torch.Tensor:
     return images.flip(-1)
 
 
-def load_base_model(args: argparse.Namespace) -> LatentDiffusion:
-    """Return the stable_diffusion example's model; train and save it if it is not saved yet."""
-    path: Path = args.output / "stable_diffusion.safetensors"
-    if path.exists():
-        model, _ = load_model(path, args.device)
-        show("model loaded from", path)
-    else:
-        model, losses = train_model(args)
-        save_model(path, model, losses)
-        show("model saved to", path)
-    return model
-
-
 class Evaluation:
     """Compares generated digits with test images, which no model was trained on."""
 
@@ -65,12 +51,12 @@ class Evaluation:
         self.classifier = train_classifier(data)
 
     def mirrored_fraction(self, images: torch.Tensor) -> float:
-        """Return how many images are nearer to a mirrored test image than to an original one."""
+        """Return the fraction of images that are nearer to a mirrored test image than to others."""
         distances = nearest_distances(images, self.mirrored)
         return (distances < nearest_distances(images, self.originals)).float().mean().item()
 
     def __call__(self, images: torch.Tensor, prompts: torch.Tensor) -> tuple[float, float]:
-        """Return how many of DIGIT are mirrored, and how many others are classified as prompted."""
+        """Return the fractions of DIGIT that are mirrored, and of others classified as prompted."""
         adapted = prompts == DIGIT
         others = images[~adapted].flatten(1)  # (n, 64)
         _, accuracy = lesson.evaluate(self.classifier, others, prompts[~adapted])
@@ -80,7 +66,7 @@ class Evaluation:
 def finetune_stable_diffusion(args: argparse.Namespace) -> DigitsResult:
     """Train an adapter on twenty images, compare generated digits, and save it."""
     print(f"  Stable Diffusion: the prompt {DIGIT}, from {NUM_IMAGES} mirrored images")
-    model = load_base_model(args)
+    model, _ = load_or_train(args)
     data = load_images(args.device)
     train_images = mirror(data.X_train[data.y_train == DIGIT][:NUM_IMAGES])
     labels = torch.full((NUM_IMAGES,), DIGIT, device=args.device)
@@ -94,10 +80,11 @@ def finetune_stable_diffusion(args: argparse.Namespace) -> DigitsResult:
     config = LoraConfig(TARGET_MODULES, r=args.rank, lora_alpha=2 * args.rank)
     apply_lora(model.unet, config)
     show_parameters(model.unet, config)
-    X = UNetInput(model.encode(data.X_test), 100 * data.y_test, data.y_test)
+    timesteps = 100 * data.y_test  # any timesteps, for comparisons
+    X = UNetInput(model.encode(data.X_test), timesteps, data.y_test)
     with torch.no_grad():
         unchanged = model.unet(X).equal(base_unet(X))
-    lesson.check("output, before training", "that of the base model", unchanged)
+    lesson.check("output before training", "equal to the base model's", unchanged)
 
     steps = args.steps or STEPS
     print(f"\n  Training, {steps} steps of {BATCH_SIZE} noisy latents on {args.device}")

@@ -21,7 +21,7 @@ def show_parameters(model: nn.Module, config: LoraConfig) -> None:
     """Print how many parameters an adapted model has, and how many of them are trained."""
     trainable = count_parameters(model, trainable_only=True)
     base = count_parameters(model) - trainable
-    show("parameters", f"{base:,}")
+    show("base parameters", f"{base:,}")
     show(f"trainable, with rank {config.r}", f"{trainable:,}, {trainable / base:.2%}")
 
 
@@ -33,11 +33,13 @@ def check_adapter(
     folder: Path,
     X: torch.Tensor | UNetInput,
 ) -> None:
-    """Save a trained adapter. Raises CheckFailed if the base model and it are not the whole model.
+    """Save a trained adapter, load it, and merge it.
+
+    Raises CheckFailed if the weights of the base model changed, or if outputs differ.
 
     Args:
         model: changed by apply_lora(), and trained.
-        base_model: the same model before; it is changed in place.
+        base_model: the model before apply_lora(); the adapter is merged into it, in place.
         config: what apply_lora() was given.
         folder: where the adapter is saved.
         X: an input of the model, for the comparisons.
@@ -51,10 +53,10 @@ def check_adapter(
     load_adapter(base_model, folder)
     outputs = model(X)
     difference = (base_model(X) - outputs).abs().max().item()
-    lesson.check("adapter, loaded", f"outputs differ by {difference:.0e}", difference == 0)
+    lesson.check("loaded adapter", f"max. difference {difference:.0e}", difference == 0)
     merge_lora(base_model)
     difference = (base_model(X) - outputs).abs().max().item()
-    lesson.check("adapter, merged", f"outputs differ by {difference:.0e}", difference < 1e-3)
+    lesson.check("merged adapter", f"max. difference {difference:.0e}", difference < 1e-3)
     size, base_size = path.stat().st_size, 4 * count_parameters(base_model)
     show("adapter saved to", folder)
-    show("size", f"{size / 1e3:,.0f} kB; the model has {base_size / 1e3:,.0f} kB")
+    show("adapter size", f"{size / 1e3:,.0f} kB; the model has {base_size / 1e3:,.0f} kB")

@@ -60,6 +60,19 @@ def train_model(args: argparse.Namespace) -> tuple[LatentDiffusion, dict[str, li
     return model, {"vae": vae_losses, "unet": unet_losses}
 
 
+def load_or_train(args: argparse.Namespace) -> tuple[LatentDiffusion, dict[str, list[float]]]:
+    """Return the saved model and its losses; train and save one if there is none."""
+    path: Path = args.output / "stable_diffusion.safetensors"
+    if path.exists() and args.train_steps is None:
+        model, losses = load_model(path, args.device)
+        show("model loaded from", path)
+    else:
+        model, losses = train_model(args)
+        save_model(path, model, losses)
+        show("model saved to", path)
+    return model, losses
+
+
 def generate_prompt(model: LatentDiffusion, args: argparse.Namespace) -> None:
     """Generate a digit four times; print the images as text, and save them as a PNG."""
     prompts = torch.full((4,), args.prompt, device=args.device)
@@ -78,15 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         "Stable Diffusion in miniature", "Stability AI's Stable Diffusion fine-tuning pipelines"
     )
     args.output.mkdir(parents=True, exist_ok=True)
-    path: Path = args.output / "stable_diffusion.safetensors"
-    if path.exists() and args.train_steps is None:
-        model, losses = load_model(path, args.device)
-        show("model loaded from", path)
-    else:
-        model, losses = train_model(args)
-        save_model(path, model, losses)
-        show("model saved to", path)
-
+    model, losses = load_or_train(args)
     if args.prompt is not None:
         generate_prompt(model, args)
         return
