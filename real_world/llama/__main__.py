@@ -70,9 +70,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
     add("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     args = parser.parse_args(argv)
-    chosen = (args.weights, args.pretrained, args.no_chat, args.stop, DTYPES[args.dtype])
-    if args.prompt is None and any(chosen):
-        parser.error("--weights, --pretrained, --no-chat, --stop and --dtype require --prompt")
+    needs_prompt = {
+        "--weights": args.weights,
+        "--pretrained": args.pretrained,
+        "--no-chat": args.no_chat,
+        "--stop": args.stop,
+        "--dtype": DTYPES[args.dtype],
+    }
+    for option, value in needs_prompt.items():
+        if value and args.prompt is None:
+            parser.error(f"{option} requires --prompt")
     try:
         args.params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as error:

@@ -57,4 +57,7 @@ def evaluate(model: Llama, text: torch.Tensor) -> float:
     size = (len(text) - 1) // CONTEXT_LENGTH * CONTEXT_LENGTH
     X = text[:size].view(-1, CONTEXT_LENGTH)  # (windows, context_length)
     y = text[1 : size + 1].view(-1, CONTEXT_LENGTH)
-    return next_token_loss(model(X), y).item()
+    total = torch.zeros((), device=X.device)
+    for micro_X, micro_y in zip(X.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
+        total += len(micro_X) * next_token_loss(model(micro_X), micro_y)
+    return (total / len(X)).item()
