@@ -44,8 +44,10 @@ QUOTE = "a 70-billion-parameter language model"
 
 STEPS = 10
 NEW_TOKENS = 256
-PROMPT_LENGTH, ANSWER_LENGTH = 256, 64  # of SmolLM2
-FIRST, PER_TOKEN = "SmolLM2, first token", "SmolLM2, per token"
+PROMPT_LENGTH = 256  # tokens for SmolLM2
+ANSWER_LENGTH = 64
+FIRST = "SmolLM2, first token"
+PER_TOKEN = "SmolLM2, per token"
 
 
 # %% Measure
@@ -107,7 +109,7 @@ def measure_smollm2(quick: bool) -> dict[str, dict[str, Stats]]:
     model = load_pretrained(folder)
     model.config = dataclasses.replace(model.config, eos_token_ids=())  # all tokens are generated
     reference: Any = to_transformers(model)
-    text = bytes(load_corpus()[:5000].tolist()).decode()
+    text = load_corpus()[:5000].numpy().tobytes().decode()
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     tokens = tokenizer.encode(text)[:PROMPT_LENGTH]
     prompt = torch.tensor([tokens])  # (1, PROMPT_LENGTH)
@@ -134,12 +136,11 @@ def measure_smollm2(quick: bool) -> dict[str, dict[str, Stats]]:
         generate_tokens(2)  # warm-up
     timers = {name: functools.partial(time_first_and_next, f) for name, f in candidates.items()}
     times = interleave(timers, 1 if quick else 7, "llama, SmolLM2")
-    return {
-        FIRST: {name: summarize([first for first, _ in pairs]) for name, pairs in times.items()},
-        PER_TOKEN: {
-            name: summarize([next_ for _, next_ in pairs]) for name, pairs in times.items()
-        },
-    }
+    results: dict[str, dict[str, Stats]] = {FIRST: {}, PER_TOKEN: {}}
+    for name, pairs in times.items():
+        results[FIRST][name] = summarize([first for first, _ in pairs])
+        results[PER_TOKEN][name] = summarize([per_token for _, per_token in pairs])
+    return results
 
 
 def measure(quick: bool) -> dict[str, dict[str, Stats]]:
@@ -192,7 +193,7 @@ def table_smollm2(results: dict[str, dict[str, Stats]]) -> str:
 def table(results: dict[str, dict[str, Stats]]) -> str:
     """Return two tables: the tiny model's times per token, and SmolLM2's.
 
-    A ratio below the spread of the rounds means no difference.
+    A ratio closer to 1 than the spread of the rounds means no difference.
     """
     rows = []
     for task in ("training", "generation"):
