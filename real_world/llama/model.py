@@ -58,7 +58,7 @@ def padding_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     """Return what each of the last `length` tokens attends to, (batch, 1, length, total).
 
     Their positions need no correction for padding on the left: with RoPE, attention depends on
-    the distance of two tokens only.
+    the distance of two tokens only. Padding itself attends to nothing: its output is zero.
 
     Args:
         attention_mask: (batch, total) bool, False for padding.

@@ -36,7 +36,7 @@ class HuggingFaceTokenizer:
 
         The text of a chat template has these already: add_special_tokens is False for it.
 
-        Raises CheckpointError if the model has no such token: the files are of different models.
+        Raises CheckpointError if a token is not in the model's vocabulary: the files do not match.
         """
         tokens = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if max(tokens, default=0) >= self.vocab_size:

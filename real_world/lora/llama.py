@@ -30,7 +30,7 @@ from real_world.lora.verify import check_adapter, count_parameters, show_paramet
 STEPS = 30
 TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)
 EVAL_TOKENS = 4096
-# The start of a page that the reference does not have: Python has no such statement.
+# The start of a page that the reference does not have: Python does not have this statement.
 PROMPT = 'The "repeat" statement\n**********************\n\nThe "repeat" statement'
 SAMPLE_LENGTH = 60
 
