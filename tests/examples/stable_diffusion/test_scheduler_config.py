@@ -109,15 +109,19 @@ def test_schedule_and_samples_are_those_of_diffusers(name, eta, num_inference_st
 
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Conv2d(2, 2, 3, padding=1).requires_grad_(False)
-    sample = their_sample = torch.randn(4, 2, 4, 4, generator=generator)
+    sample = torch.randn(4, 2, 4, 4, generator=generator)
     for timestep, prev_timestep in itertools.pairwise([*timesteps, -1]):
+        output = model(sample)
         noise = torch.randn(sample.shape, generator=generator)
-        sample = ours.ddim_step(model(sample), timestep, prev_timestep, sample, eta, noise)
-        their_output = model(their_sample)
-        their_step = theirs.step(their_output, timestep, their_sample, eta, variance_noise=noise)
-        their_sample = their_step.prev_sample
-    assert sample.isfinite().all()
-    torch.testing.assert_close(sample, their_sample)
+        expected = theirs.step(output, timestep, sample, eta, variance_noise=noise).prev_sample
+        sample = ours.ddim_step(output, timestep, prev_timestep, sample, eta, noise)
+        assert sample.isfinite().all()
+        # With eta 1, nothing is left of the predicted noise after the first step from pure noise:
+        # 1 - alphas_cumprod[prev_timestep] - sigma_t**2 is 0. On some processors it rounds below 0,
+        # of which diffusers takes the square root: its step is NaN there.
+        if eta == 1 and ours.alphas_cumprod[timestep] == 0 and expected.isnan().all():
+            continue
+        torch.testing.assert_close(sample, expected)
 
 
 def test_readme_snippet(tmp_path, monkeypatch, capsys):
