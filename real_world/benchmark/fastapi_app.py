@@ -4,11 +4,12 @@ import torch
 from fastapi import Body, FastAPI
 
 import lesson_code as lesson
+from real_world.common import OUTPUT
 
 
 def create_app() -> FastAPI:
     """Return the app; uvicorn calls this in every worker."""
-    model, _, _ = lesson.load_checkpoint(lesson.OUTPUT / "lesson.pt")
+    model, _, _ = lesson.load_checkpoint(OUTPUT / "lesson.pt")
     app = FastAPI()
 
     @app.post("/predict")

@@ -23,6 +23,7 @@ from real_world.benchmark.harness import (
     markdown_table,
     worker,
 )
+from real_world.common import CheckFailed
 from real_world.deploy.cpp import build_cpp
 from real_world.deploy.formats import FORMATS, ExportFormat, Forward, export_and_verify
 
@@ -102,7 +103,7 @@ def load_formats(
         for export_format in ALL_FORMATS:
             model = export_and_verify(export_format, eager, rows, folder)
             if model is None:
-                raise lesson.CheckFailed(f"{export_format.name} cannot be built here")
+                raise CheckFailed(f"{export_format.name} cannot be built here")
             models[export_format.name] = model
     return models
 

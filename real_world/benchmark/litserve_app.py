@@ -6,6 +6,7 @@ import litserve
 import torch
 
 import lesson_code as lesson
+from real_world.common import OUTPUT
 
 
 class Predict(litserve.LitAPI):
@@ -14,7 +15,7 @@ class Predict(litserve.LitAPI):
     def setup(self, device: str) -> None:
         """Load the model, in each worker."""
         torch.set_num_threads(1)  # the workers share the cores
-        self.model, _, _ = lesson.load_checkpoint(lesson.OUTPUT / "lesson.pt", device)
+        self.model, _, _ = lesson.load_checkpoint(OUTPUT / "lesson.pt", device)
 
     def decode_request(self, request: dict) -> torch.Tensor:
         """Return the features of a request, (rows, 4)."""

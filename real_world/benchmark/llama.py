@@ -30,6 +30,7 @@ from real_world.benchmark.harness import (
     summarize,
     time_call,
 )
+from real_world.common import OUTPUT
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.data import RandomWindows, load_corpus
@@ -105,7 +106,7 @@ def load_llama_cpp(prompt: list[int]) -> Callable[[int], object]:
 
 def measure_smollm2(quick: bool) -> dict[str, dict[str, Stats]]:
     """Measure the time to the first token, and the time of each token after it."""
-    folder = download_smollm2(lesson.OUTPUT)
+    folder = download_smollm2(OUTPUT)
     model = load_pretrained(folder)
     model.config = dataclasses.replace(model.config, eos_token_ids=())  # all tokens are generated
     reference: Any = to_transformers(model)

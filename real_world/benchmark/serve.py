@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-import lesson_code as lesson
 from real_world.benchmark.harness import (
     ROOT,
     format_number,
@@ -26,7 +25,7 @@ from real_world.benchmark.harness import (
     markdown_table,
     summarize,
 )
-from real_world.common import load_lesson_model
+from real_world.common import OUTPUT, CheckFailed, load_lesson_model
 
 QUOTE = "Requests arrive via an API gateway ... and are batched"
 
@@ -106,7 +105,7 @@ def generate_load(server: Server, connections: int, seconds: int) -> dict[str, f
     os.killpg(server.process_group, signal.SIGSTOP)
     measured = json.loads(output[output.rindex("{") :])
     if errors := measured.pop("errors"):
-        raise lesson.CheckFailed(f"check failed: {errors} of wrk's requests to {server.url} failed")
+        raise CheckFailed(f"check failed: {errors} of wrk's requests to {server.url} failed")
     return measured
 
 
@@ -115,7 +114,7 @@ def measure(quick: bool) -> dict[str, Any]:
     if shutil.which("wrk") is None:
         sys.exit("error: the entry serve needs wrk (apt install wrk, or brew install wrk)")
     rounds, seconds = (1, 1) if quick else (5, 3)
-    load_lesson_model(lesson.OUTPUT / "lesson.pt")  # trains and saves one if there is none
+    load_lesson_model(OUTPUT / "lesson.pt")  # trains and saves one if there is none
     results: dict[str, Any] = {name: {} for name in SERVERS}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(run_server(*args)) for name, args in SERVERS.items()}

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import lesson_code as lesson
-from real_world.common import load_lesson_model, print_heading, run_cli, show
+from real_world.common import OUTPUT, CheckFailed, load_lesson_model, print_heading, run_cli, show
 from real_world.deploy.cpp import build_cpp, check_cpp, measure_cpp
 from real_world.deploy.formats import FORMATS, MAX_BATCH, export_and_verify
 from real_world.deploy.scratch import scratch_dir
@@ -26,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         "python -m real_world.deploy", description="The lesson's checkpoint in four formats."
     )
     add = parser.add_argument
-    add("--output", metavar="DIR", type=Path, default=lesson.OUTPUT, help="default: checkpoints/")
+    add("--output", metavar="DIR", type=Path, default=OUTPUT, help="default: checkpoints/")
     add("--cpp", action="store_true", help="also build and check the C++ program")
     args = parser.parse_args(argv)
     print_heading(
@@ -56,7 +55,7 @@ def deploy(output: Path, cpp: bool) -> None:
         print()
         package = output / "lesson.pt2"
         if not package.exists():
-            raise lesson.CheckFailed("the C++ program needs AOTInductor, see above")
+            raise CheckFailed("the C++ program needs AOTInductor, see above")
         program = build_cpp(output)
         show("C++ program", program)
         check_cpp(program, package, model)

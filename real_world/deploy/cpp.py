@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world.common import show
+from real_world.common import CheckFailed, check, show
 from real_world.deploy.formats import first_error
 from real_world.deploy.scratch import temporary_dir
 
@@ -42,7 +42,7 @@ def run_build(command: list[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # ninja and the compiler, too
             raise
     if process.returncode != 0:
-        raise lesson.CheckFailed(f"cannot build the C++ program: {first_error(output)}")
+        raise CheckFailed(f"cannot build the C++ program: {first_error(output)}")
 
 
 def build_cpp(output: Path, target: str = "predict") -> Path:
@@ -98,7 +98,7 @@ def check_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> N
     cpp_classes, cpp_probabilities = run_predict(program, package, to_csv(X))
     max_error = (cpp_probabilities - probabilities).abs().max().item()
     same = cpp_classes.equal(classes) and max_error <= 1e-6
-    lesson.check("  1,000 samples", f"predict()'s classes, max error {max_error:.1e}", same)
+    check("  1,000 samples", f"predict()'s classes, max error {max_error:.1e}", same)
 
 
 def benchmark_csv(in_features: int) -> str:

@@ -18,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache
 
 import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.deploy.scratch import temporary_dir
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -210,8 +210,6 @@ def export_and_verify(
             if "`torch.jit.script` is deprecated" in message:
                 print(f"    {message}")
         max_error = max_abs_error(forward, model, X)
-        lesson.check(
-            "  loaded, against eager", f"max error {max_error:.1e}", max_error <= TOLERANCE
-        )
+        check("  loaded, against eager", f"max error {max_error:.1e}", max_error <= TOLERANCE)
         os.replace(temporary, path)  # atomic, and only if the check passed
     return forward

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lesson_code as lesson
-from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
+from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     _, train_accuracy = lesson.evaluate(model, digits.X_train, digits.y_train)
     _, test_accuracy = lesson.evaluate(model, digits.X_test, digits.y_test)
     show("training accuracy", f"{train_accuracy:.1%}")
-    lesson.check("test accuracy", f"{test_accuracy:.1%}, chance level 10%", test_accuracy > 0.5)
+    check("test accuracy", f"{test_accuracy:.1%}, chance level 10%", test_accuracy > 0.5)
 
     if not args.no_figure:
         from real_world.digits.plot import plot_digits

@@ -17,8 +17,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-import lesson_code as lesson
-from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
+from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
 from real_world.digits.data import load_digits
 from real_world.distributed import ddp, fsdp
 from real_world.distributed.process_group import (
@@ -46,7 +45,7 @@ def check_equal(
     )
     for label, error in (("losses", loss_error), ("weights", weight_error)):
         value = f"largest difference {error:.1e}"
-        lesson.check(f"{label}, against one process", value, error < TOLERANCE)
+        check(f"{label}, against one process", value, error < TOLERANCE)
 
 
 def run_ddp(args: argparse.Namespace, device: torch.device) -> None:
@@ -80,7 +79,7 @@ def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
     fsdp.shard_llama(model, device)
     shard_bytes = fsdp.shard_sizes(model)
     label = "shard of each process"
-    lesson.check(label, ", ".join(f"{n:,}" for n in shard_bytes), sum(shard_bytes) == num_bytes)
+    check(label, ", ".join(f"{n:,}" for n in shard_bytes), sum(shard_bytes) == num_bytes)
 
     folder = args.output / f"fsdp-seed{args.seed}"
     optimizer = fsdp.make_optimizer(model)

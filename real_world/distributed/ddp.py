@@ -17,7 +17,7 @@ from real_world.digits.model import build_model
 from real_world.distributed.process_group import mean_over_ranks, scale_loss_by_shard, shard_slice
 
 
-def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer]:
+def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, torch.optim.Adam]:
     """Return the digits' model and an optimizer for it, in float64.
 
     In float32, the order in which gradients are summed shows in the last digits, and Adam amplifies
@@ -29,7 +29,7 @@ def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, tor
 
 def build_or_load(
     path: Path, seed: int, epochs: int, device: torch.device
-) -> tuple[lesson.SimpleClassifier, torch.optim.Optimizer, list[float]]:
+) -> tuple[lesson.SimpleClassifier, torch.optim.Adam, list[float]]:
     """Return model, optimizer and losses: those of an interrupted run's checkpoint, or new ones."""
     if path.exists():
         model, optimizer, losses = lesson.load_checkpoint(path, device)
@@ -41,7 +41,7 @@ def build_or_load(
 
 def train_ddp(
     model: lesson.SimpleClassifier,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Adam,
     losses: list[float],
     X: torch.Tensor,
     y: torch.Tensor,
@@ -57,8 +57,8 @@ def train_ddp(
         losses: the losses of earlier epochs; those of all later epochs are appended.
         X: the samples of all processes.
         y: their labels.
-        epochs: train until there are so many losses.
-        save_every: save a checkpoint every so many epochs, and at the end.
+        epochs: total epochs, those of earlier runs included.
+        save_every: checkpoint interval in epochs; the last epoch is always saved.
         path: the file of the checkpoint.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import lesson_code as lesson
+from real_world.common import CheckFailed
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -46,7 +47,7 @@ def init_process_group(device: torch.device, timeout: int) -> None:
     except (ValueError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
         rank = os.environ.get("RANK", "?")
-        raise lesson.CheckFailed(f"rank {rank} could not join the others: {reason}") from None
+        raise CheckFailed(f"rank {rank} could not join the others: {reason}") from None
 
 
 def exit_with_parent(parent: int) -> None:
@@ -64,14 +65,14 @@ def check_same_on_all_ranks(**values: object) -> None:
         for name, value in other.items():
             if value != gathered[0][name]:
                 message = f"{name} is {value} on rank {rank}, but {gathered[0][name]} on rank 0"
-                raise lesson.CheckFailed(message)
+                raise CheckFailed(message)
 
 
 def shard_slice(batch_size: int, rank: int, world_size: int) -> slice:
     """Return which samples of a batch a rank trains on. Shards differ by one sample at most."""
     if world_size > batch_size:
         message = f"a batch of {batch_size} is too small for {world_size} processes"
-        raise lesson.CheckFailed(message)
+        raise CheckFailed(message)
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 

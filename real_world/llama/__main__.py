@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import lesson_code as lesson
-from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
+from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
 from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     validation_loss = evaluate(model, validation_text)
     value = f"{validation_loss:.4f} nats per byte, bigram {bigram:.4f}"
     if args.steps >= STEPS:
-        lesson.check("validation loss", value, validation_loss < 0.75 * bigram)
+        check("validation loss", value, validation_loss < 0.75 * bigram)
     else:
         show("validation loss", value)
     print_sample("Generated after training", model, args.max_new_tokens, args.params)

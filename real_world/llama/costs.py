@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import lesson_code as lesson
+from real_world.common import check
 from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
 from real_world.llama.generate import SamplingParams, generate
 from real_world.llama.model import Llama
@@ -70,10 +70,10 @@ def print_costs(model: Llama) -> None:
             f"{kv_cache_bytes_per_token(config):>9,} B"
         )
     count = sum(parameter.numel() for parameter in model.parameters())
-    lesson.check("parameters, counted", f"{count:,}", count == num_parameters(model.config))
+    check("parameters, counted", f"{count:,}", count == num_parameters(model.config))
     flops = count_flops(model, CONTEXT_LENGTH)
     expected = CONTEXT_LENGTH * flops_per_token(model.config, CONTEXT_LENGTH)
-    lesson.check(f"FLOPs of {CONTEXT_LENGTH} tokens, counted", f"{flops:,}", flops == expected)
+    check(f"FLOPs of {CONTEXT_LENGTH} tokens, counted", f"{flops:,}", flops == expected)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def compare_decoding(model: Llama, prompt: torch.Tensor) -> dict[str, list[float
     params = SamplingParams(temperature=0.8)
     cached = torch.cat(list(generate(model, prompt, 200, params)))
     recomputed = torch.cat(list(generate(model, prompt, 200, params, use_cache=False)))
-    lesson.check("200 sampled tokens", "the same with and without", cached.equal(recomputed))
+    check("200 sampled tokens", "the same with and without", cached.equal(recomputed))
     seconds_per_token(model, 64, use_cache=True)  # warm-up
     times = {
         "with KV cache": [seconds_per_token(model, n, use_cache=True) for n in LENGTHS],

@@ -6,7 +6,7 @@ import logging
 import torch
 from torch import nn
 
-import lesson_code as lesson
+from real_world.common import check
 from real_world.llama.checkpoint import config_to_dict
 from real_world.llama.config import LlamaConfig, RopeScaling
 from real_world.llama.generate import generate
@@ -78,9 +78,9 @@ def check_parity() -> None:
         tokens = torch.randint(config.vocab_size, (2, 50))
         logits, grads = max_abs_diff(model, reference, tokens)
         value = f"logits differ by {logits:.0e}, gradients {grads:.0e}"
-        lesson.check(name, value, max(logits, grads) <= 1e-5)
+        check(name, value, max(logits, grads) <= 1e-5)
         prompt = tokens[:, :10]
         generated = torch.stack(list(generate(model, prompt, 30)), dim=1)  # (2, 30)
         expected = reference.generate(prompt, max_new_tokens=30, do_sample=False)  # type: ignore[operator]
         same = generated.equal(expected[:, 10:])
-        lesson.check("  greedy generation", "the same 30 tokens", same)
+        check("  greedy generation", "the same 30 tokens", same)

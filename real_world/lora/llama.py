@@ -9,8 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.data import load_corpus, train_val_split
 from real_world.llama.generate import GREEDY, stream_generate
@@ -101,7 +100,7 @@ def finetune_llama(args: argparse.Namespace) -> LlamaResult:
     show_parameters(model, config)
     with torch.no_grad():
         unchanged = model(X).equal(logits)
-    lesson.check("output before training", "equal to the base model's", unchanged)
+    check("output before training", "equal to the base model's", unchanged)
     show("training + validation", f"{len(train_tokens):,} + {len(validation_tokens):,} tokens")
     loss_before = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
     sample_before = print_sample("Generated before training", model, tokenizer)
@@ -114,7 +113,7 @@ def finetune_llama(args: argparse.Namespace) -> LlamaResult:
 
     print()
     value = f"{loss_before:.4f} -> {loss_after:.4f} nats per token"
-    lesson.check("validation loss", value, loss_after < loss_before)
+    check("validation loss", value, loss_after < loss_before)
     evaluated = tokenizer.decode(validation_tokens[1 : EVAL_TOKENS + 1].tolist())
     per_byte = EVAL_TOKENS / len(evaluated.encode())
     show("", f"{per_byte * loss_before:.4f} -> {per_byte * loss_after:.4f} nats per byte")

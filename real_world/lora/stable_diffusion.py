@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.lora.attention import split_attention
 from real_world.lora.lora import LoraConfig, apply_lora
 from real_world.lora.verify import check_adapter, show_parameters
@@ -84,7 +84,7 @@ def finetune_stable_diffusion(args: argparse.Namespace) -> DigitsResult:
     X = UNetInput(model.encode(data.X_test), timesteps, data.y_test)
     with torch.no_grad():
         unchanged = model.unet(X).equal(base_unet(X))
-    lesson.check("output before training", "equal to the base model's", unchanged)
+    check("output before training", "equal to the base model's", unchanged)
 
     steps = args.steps or STEPS
     print(f"\n  Training, {steps} steps of {BATCH_SIZE} noisy latents on {args.device}")
@@ -99,8 +99,8 @@ def finetune_stable_diffusion(args: argparse.Namespace) -> DigitsResult:
     if steps < STEPS:
         show(f"prompt {DIGIT}", value)
     else:
-        lesson.check(f"prompt {DIGIT}", value, mirrored_before < 0.1 and mirrored > 0.9)
+        check(f"prompt {DIGIT}", value, mirrored_before < 0.1 and mirrored > 0.9)
     value = f"{accuracy_before:.1%} -> {accuracy:.1%} as prompted"
-    lesson.check("the other prompts", value, accuracy > accuracy_before - 0.05)
+    check("the other prompts", value, accuracy > accuracy_before - 0.05)
     check_adapter(model.unet, base_unet, config, args.output / "lora" / "stable_diffusion", X)
     return DigitsResult(losses, train_images, images_before, images_after)

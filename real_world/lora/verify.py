@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.lora.adapter import base_state_dict, load_adapter, save_adapter
 from real_world.lora.lora import LoraConfig, merge_lora
 from real_world.stable_diffusion.unet import UNetInput
@@ -47,16 +46,16 @@ def check_adapter(
     weights = base_model.state_dict()  # the same tensors, until they are merged
     trained = base_state_dict(model)
     unchanged = all(trained[name].equal(weights[name]) for name in weights)
-    lesson.check("weights of the base model", "unchanged", unchanged)
+    check("weights of the base model", "unchanged", unchanged)
 
     path = save_adapter(model, config, folder)
     load_adapter(base_model, folder)
     outputs = model(X)
     difference = (base_model(X) - outputs).abs().max().item()
-    lesson.check("loaded adapter", f"max. difference {difference:.0e}", difference == 0)
+    check("loaded adapter", f"max. difference {difference:.0e}", difference == 0)
     merge_lora(base_model)
     difference = (base_model(X) - outputs).abs().max().item()
-    lesson.check("merged adapter", f"max. difference {difference:.0e}", difference < 1e-3)
+    check("merged adapter", f"max. difference {difference:.0e}", difference < 1e-3)
     size, base_size = path.stat().st_size, 4 * count_parameters(base_model)
     show("adapter saved to", folder)
     show("adapter size", f"{size / 1e3:,.0f} kB; the model has {base_size / 1e3:,.0f} kB")

@@ -30,11 +30,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 import lesson_code as lesson
 from real_world import common
-from real_world.common import bounded_int, show
+from real_world.common import OUTPUT, CheckFailed, bounded_int, show
 from real_world.serve.load import load_app
 from real_world.serve.monitor import Monitor, announce
 
-DEFAULT_CHECKPOINT = lesson.OUTPUT / "lesson.pt"
+DEFAULT_CHECKPOINT = OUTPUT / "lesson.pt"
 
 
 def cpu_count() -> int:
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         for child in multiprocessing.active_children():
             child.kill()
     if monitor.failed:
-        raise lesson.CheckFailed("a worker could not start, or workers keep dying; see above")
+        raise CheckFailed("a worker could not start, or workers keep dying; see above")
     announce("stopped", "all workers have ended")
 
 

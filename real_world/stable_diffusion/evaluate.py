@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
+from real_world.common import check
 from real_world.digits.model import build_model
 from real_world.stable_diffusion.data import ImageData
 from real_world.stable_diffusion.pipeline import LatentDiffusion
@@ -60,7 +61,7 @@ def check_schedulers() -> None:
     for beta_schedule, prediction_type in itertools.product(BETA_SCHEDULES, PREDICTION_TYPES):
         difference = compare_with_diffusers(beta_schedule, prediction_type)
         label = f"{beta_schedule}, {prediction_type}"
-        lesson.check(label, f"max. difference {difference:.0e}", difference < 1e-5)
+        check(label, f"max. difference {difference:.0e}", difference < 1e-5)
 
 
 def train_classifier(data: ImageData) -> nn.Module:
@@ -105,8 +106,8 @@ def evaluate_generation(
 
     unguided, _, _ = rows[0]
     guided, median, minimum = rows[3]
-    lesson.check("scale 0 ignores the prompt", f"{unguided:.1%}, chance level 10%", unguided < 0.2)
-    lesson.check("scale 3 follows the prompt", f"{guided:.1%}", guided > 0.85)
+    check("scale 0 ignores the prompt", f"{unguided:.1%}, chance level 10%", unguided < 0.2)
+    check("scale 3 follows the prompt", f"{guided:.1%}", guided > 0.85)
     ratios = median / test_median, minimum / test_minimum
     value = f"{ratios[0]:.0%}, {ratios[1]:.0%} of test images' distances"
-    lesson.check("no copies of training images", value, min(ratios) > 0.5)
+    check("no copies of training images", value, min(ratios) > 0.5)

@@ -17,15 +17,14 @@ from pathlib import Path
 
 import torch
 
-import lesson_code as lesson
-from real_world.common import print_heading, run_cli, show
+from real_world.common import OUTPUT, print_heading, run_cli, show
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "PyTorch's dynamic graph and TensorFlow's static graphs, on the CPU."
     parser = argparse.ArgumentParser("python -m real_world.static_graph", description=about)
     add = parser.add_argument
-    add("--output", metavar="DIR", type=Path, default=lesson.OUTPUT, help="default: checkpoints/")
+    add("--output", metavar="DIR", type=Path, default=OUTPUT, help="default: checkpoints/")
     add("--no-figure", action="store_true", help="do not plot a figure")
     args = parser.parse_args(argv)
     if importlib.util.find_spec("tensorflow") is None:

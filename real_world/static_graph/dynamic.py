@@ -7,8 +7,7 @@ from typing import TypeAlias
 import torch
 from torch._dynamo.testing import CompileCounter
 
-import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.static_graph.tf_setup import keras, tf
 
 Tensor: TypeAlias = torch.Tensor | tf.Tensor
@@ -86,12 +85,12 @@ def compare_randomness() -> None:
     compiled = torch.compile(stochastic_depth, backend="eager")
 
     eager = count_applied(stochastic_depth, torch_x)
-    lesson.check("PyTorch, eager", f"{eager} times", 20 < eager < 80)
+    check("PyTorch, eager", f"{eager} times", 20 < eager < 80)
     applied = count_applied(compiled, torch_x)
-    lesson.check("torch.compile", f"{applied} times", applied == eager)
+    check("torch.compile", f"{applied} times", applied == eager)
     applied = count_applied(stochastic_depth, tf_x)
-    lesson.check("TensorFlow, eager", f"{applied} times", applied == eager)
+    check("TensorFlow, eager", f"{applied} times", applied == eager)
     applied = count_applied(tf.function(stochastic_depth), tf_x)
-    lesson.check("@tf.function", f"{applied} times, decided while tracing", applied in (0, 100))
+    check("@tf.function", f"{applied} times, decided while tracing", applied in (0, 100))
     applied = count_applied(tf.function(stochastic_depth_in_graph), tf_x)
-    lesson.check("  with tf.random and tf.cond", f"{applied} times", 20 < applied < 80)
+    check("  with tf.random and tf.cond", f"{applied} times", 20 < applied < 80)

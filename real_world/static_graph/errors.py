@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-import lesson_code as lesson
-from real_world.common import show
+from real_world.common import CheckFailed, show
 from real_world.static_graph.tf_setup import keras, tf
 
 
@@ -52,7 +51,7 @@ def inspect_traceback(function: Callable[[], object]) -> tuple[str, int, int | N
         faulty = re.compile(rf'"{re.escape(__file__)}", line ({numbers[0]}|{numbers[1]}),')
         positions = [len(lines) - i for i, line in enumerate(lines) if faulty.search(line)]
         return type(error).__name__, len(lines), min(positions, default=None)
-    raise lesson.CheckFailed("check failed: an index that is out of range raised no error")
+    raise CheckFailed("check failed: an index that is out of range raised no error")
 
 
 def compare_errors() -> None:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.static_graph.tf_setup import keras, tf
 
-LR = 0.01  # as in lesson_code.build_model()
+LR = 0.01  # as in the lesson
 
 # PyTorch's default for Adam; Keras's is 1e-7. They also use it differently: PyTorch adds it to
 # sqrt(v) after the bias correction (Kingma and Ba 2015, Algorithm 1), Keras before it (the second
@@ -72,7 +72,9 @@ def make_train_step(model: keras.Model) -> Callable[[tf.Tensor, tf.Tensor], tf.T
 def compare_training(epochs: int = 100) -> None:
     """Train the lesson's model with train(), and Keras copies of it; compare every loss."""
     X, y = lesson.make_synthetic_data(seed=0)
-    model, optimizer = lesson.build_model(0, "cpu")
+    torch.manual_seed(0)
+    model = lesson.SimpleClassifier()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     copies = [keras_copy(model) for _ in range(4)]
     losses = lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, epochs)
     show("train()", f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
@@ -82,7 +84,7 @@ def compare_training(epochs: int = 100) -> None:
 
     def check_losses(label: str, keras_losses: list[float]) -> None:
         difference = max_abs_diff(keras_losses)
-        lesson.check(label, f"every loss within {difference:.0e}", difference <= 1e-5)
+        check(label, f"every loss within {difference:.0e}", difference <= 1e-5)
 
     def run(train_step: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> list[float]:
         inputs, labels = tf.constant(X.numpy()), tf.constant(y.numpy())
@@ -93,4 +95,4 @@ def compare_training(epochs: int = 100) -> None:
     check_losses("TensorFlow, eager", run(make_train_step(copies[2])))
     difference = max_abs_diff(fit(copies[3], X, y, epochs, epsilon=1e-7))
     value = f"a loss differs by {difference:.0e}; PyTorch: 1e-8"
-    lesson.check("fit(), Keras's epsilon of 1e-7", value, difference > 1e-5)
+    check("fit(), Keras's epsilon of 1e-7", value, difference > 1e-5)

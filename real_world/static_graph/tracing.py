@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-import lesson_code as lesson
-from real_world.common import show
+from real_world.common import check, show
 from real_world.static_graph.tf_setup import tf
 
 INPUTS = (5.0, 0.5, -3.0, 5.0, 0.5, -3.0)
@@ -81,7 +80,7 @@ def compare_tracing() -> None:
 
     def report(mode: str, results: list[Value], calls: int, graphs: str) -> None:
         passed = [float(result) for result in results] == expected
-        lesson.check(mode, f"{calls} of {len(INPUTS)}        {graphs}", passed)
+        check(mode, f"{calls} of {len(INPUTS)}        {graphs}", passed)
 
     print(f"  {'':<32} Python runs   graphs")
     grad_inputs = [torch.tensor(x, requires_grad=True) for x in INPUTS]
@@ -116,7 +115,7 @@ def compare_tracing() -> None:
         error = "no error"
     except RuntimeError as e:
         error = str(e).split(" expression")[0]
-    lesson.check("torch.export", error, error == "Could not guard on data-dependent")
+    check("torch.export", error, error == "Could not guard on data-dependent")
     exported, trace_calls = count_python_calls(export, [OperatorControlFlow()])
     results, calls = count_python_calls(exported[0], torch_inputs)
     report("  with while_loop and cond", results, trace_calls + calls, "1")

@@ -103,9 +103,11 @@ def test_flops_are_those_that_pytorch_counts():
 
 
 def test_other_servers_answer_like_predict(tmp_path, monkeypatch):
-    model, optimizer = lesson.build_model(0, "cpu")
+    model = lesson.SimpleClassifier()
+    optimizer = torch.optim.Adam(model.parameters())
     lesson.save_checkpoint(tmp_path / "lesson.pt", model, optimizer, [])
-    monkeypatch.setattr(lesson, "OUTPUT", tmp_path)
+    monkeypatch.setattr(fastapi_app, "OUTPUT", tmp_path)
+    monkeypatch.setattr(litserve_app, "OUTPUT", tmp_path)
     request = json.loads(serve.BODY)
     answers = [TestClient(fastapi_app.create_app()).post("/predict", json=request).json()]
     api = litserve_app.Predict(max_batch_size=2, batch_timeout=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from readmes import assert_transcript
 
+from real_world.common import CheckFailed
 from real_world.digits import __main__ as digits
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
@@ -56,5 +57,5 @@ def test_model_that_does_not_learn_fails_the_check(monkeypatch):
         return model, torch.optim.SGD(model.parameters(), lr=0)
 
     monkeypatch.setattr(digits, "build_model", frozen)
-    with pytest.raises(digits.lesson.CheckFailed, match="test accuracy"):
+    with pytest.raises(CheckFailed, match="test accuracy"):
         digits.main(["--device", "cpu", "--no-figure", "--epochs", "1"])

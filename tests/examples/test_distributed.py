@@ -14,6 +14,7 @@ from processes import children, finish, free_port, is_running, start, wait_until
 from torch import nn
 
 import lesson_code as lesson
+from real_world.common import CheckFailed
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.distributed import __main__ as distributed
@@ -79,7 +80,7 @@ def test_scaled_losses_of_unequal_shards_average_to_the_loss_of_the_batch():
 
 
 def test_more_processes_than_samples():
-    with pytest.raises(lesson.CheckFailed, match="a batch of 8 is too small for 9 processes"):
+    with pytest.raises(CheckFailed, match="a batch of 8 is too small for 9 processes"):
         shard_slice(8, rank=0, world_size=9)
 
 
@@ -165,7 +166,7 @@ def test_missing_rank_ends_the_others(tmp_path):
 @pytest.mark.parametrize(("name", "missing"), [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])
 def test_missing_variable_is_named(name, missing, tmp_path, monkeypatch):
     monkeypatch.setenv(name, "1")
-    with pytest.raises(lesson.CheckFailed, match=f"{missing} expected, but not set"):
+    with pytest.raises(CheckFailed, match=f"{missing} expected, but not set"):
         distributed.main(["--device", "cpu", "--output", str(tmp_path)])
 
 

@@ -12,7 +12,8 @@ import torch
 from readmes import REAL_WORLD, mask
 from torch import nn
 
-from lesson_code import CheckFailed, CheckpointError
+from lesson_code import CheckpointError
+from real_world.common import CheckFailed
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.model import Llama

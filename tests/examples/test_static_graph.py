@@ -14,6 +14,7 @@ import torch
 from readmes import assert_transcript
 
 import lesson_code as lesson
+from real_world.common import CheckFailed
 from real_world.static_graph import __main__ as static_graph
 from real_world.static_graph.errors import inspect_traceback
 from real_world.static_graph.keras_copy import EPSILON, LR, keras_copy
@@ -121,7 +122,7 @@ def test_where_an_error_is_reported(tables):
     for mode in ("TensorFlow, eager", "@tf.function", "Keras, fit()"):
         assert re.fullmatch(r"\d+ from the end", table[mode][1])
         assert table[mode][2] == "InvalidArgumentError"
-    with pytest.raises(lesson.CheckFailed, match="raised no error"):
+    with pytest.raises(CheckFailed, match="raised no error"):
         inspect_traceback(lambda: None)
 
 

@@ -15,6 +15,7 @@ from processes import start
 from torch._dynamo.utils import counters
 
 import lesson_code as lesson
+from real_world.common import CheckFailed
 from real_world.deploy.cpp import run_build
 from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify, first_error
 from real_world.deploy.scratch import remove_abandoned, temporary_dir
@@ -56,7 +57,7 @@ def test_loaded_model_takes_any_batch_size(deployed, model, fmt):
         assert counters["inductor"]["fxgraph_cache_miss"] == 0
 
 
-@pytest.mark.parametrize("error", [1e-4, float("nan")])
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
 @pytest.mark.parametrize("batch_size", [1, 64, 1000, 1024])
 def test_one_wrong_logit_at_one_batch_size_fails_the_check(model, tmp_path, batch_size, error):
     def wrong(batch):
@@ -65,7 +66,7 @@ def test_one_wrong_logit_at_one_batch_size_fails_the_check(model, tmp_path, batc
         return logits
 
     fmt = ExportFormat("wrong", "", "wrong", lambda _, path: path.touch(), lambda *_: wrong)
-    with pytest.raises(lesson.CheckFailed, match="max error"):
+    with pytest.raises(CheckFailed, match="max error"):
         export_and_verify(fmt, model, torch.randn(1024, 4), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +97,7 @@ def test_formats_that_cannot_be_compiled_are_one_line_each(deployed, tmp_path):
 
 def test_first_error_of_a_build():
     script = "echo 1/2; echo 'a.cpp:7: error: no such type'; echo 'b.cpp:1: error: other'; exit 1"
-    with pytest.raises(lesson.CheckFailed, match=r": a.cpp:7: error: no such type$"):
+    with pytest.raises(CheckFailed, match=r": a.cpp:7: error: no such type$"):
         run_build(["sh", "-c", script])
     assert first_error("CMake Error at x:\n\n  No compiler") == "CMake Error at x: No compiler"
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lesson_code as lesson
+from real_world.common import CheckFailed
 from real_world.llama import __main__ as llama
 from real_world.llama import costs, parity
 from real_world.llama.checkpoint import save_pretrained
@@ -151,7 +152,7 @@ def test_prompt_is_continued_by_the_trained_model(story, capsys):
 
 def test_model_that_does_not_learn_fails_the_check(monkeypatch, tmp_path):
     monkeypatch.setattr(llama, "train_llama", lambda model, *_: [5.5])
-    with pytest.raises(lesson.CheckFailed, match="validation loss"):
+    with pytest.raises(CheckFailed, match="validation loss"):
         llama.main(["--device", "cpu", "--output", str(tmp_path), "--max-new-tokens", "1"])
 
 

@@ -16,6 +16,7 @@ import torch
 from readmes import REAL_WORLD
 
 import lesson_code as lesson
+from real_world.common import OUTPUT
 from real_world.llama import __main__ as llama
 from real_world.llama import parity, pretrained
 from real_world.llama.chat import apply_chat_template
@@ -86,7 +87,7 @@ def test_read_gguf_equals_transformers(tied, tmp_path):
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """Return the folder of SmolLM2, downloaded once, to where the example has it."""
-    return pretrained.download_smollm2(lesson.OUTPUT)
+    return pretrained.download_smollm2(OUTPUT)
 
 
 @pytest.fixture(scope="module")

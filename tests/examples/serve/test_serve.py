@@ -156,7 +156,7 @@ def test_openapi_description_is_valid_and_true(server, tmp_path):
 
 def test_largest_request_of_a_wide_model(tmp_path):
     wide = lesson.SimpleClassifier(64, 16, 3)
-    lesson.save_checkpoint(tmp_path / "wide.pt", wide, torch.optim.SGD(wide.parameters()), [])
+    lesson.save_checkpoint(tmp_path / "wide.pt", wide, torch.optim.Adam(wide.parameters()), [])
     options = ("--checkpoint", tmp_path / "wide.pt")
     with Server(*options, prefix=("taskset", "-c", "0")) as running:
         assert len(running.workers) == 1

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lesson_code import CheckFailed
+from real_world.common import CheckFailed
 from real_world.stable_diffusion import evaluate
 from real_world.stable_diffusion.scheduler import (
     BETA_SCHEDULES,

@@ -11,7 +11,8 @@ from readmes import assert_transcript
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lesson_code import CheckFailed, CheckpointError
+from lesson_code import CheckpointError
+from real_world.common import CheckFailed
 from real_world.stable_diffusion import __main__, evaluate
 from real_world.stable_diffusion.__main__ import main
 from real_world.stable_diffusion.data import NoisyLatents, load_images
