@@ -5,7 +5,6 @@ jupytext reads the `# %%` cells, nbclient executes them, and nbconvert renders t
 
 import ast
 import itertools
-import re
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -22,6 +21,27 @@ from pygments.formatters import HtmlFormatter
 DOCS = Path(__file__).parent
 LESSON = DOCS.parent / "lesson_code.py"
 
+COLAB = """\
+[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]\
+(https://colab.research.google.com/github/sysdr/aiml-p/blob/main/day144/day144_pytorch/docs/lesson.ipynb)
+
+This notebook is built from `lesson_code.py`. Run its cells in order, each as often as you like.
+What stands here as a command is for a terminal, in the folder of the project."""
+
+ARGUMENTS = """\
+# What the sections below use: change it, and run them again.
+device = select_device()
+epochs = 100
+seed = 0
+output = Path("checkpoints")
+figure = True"""
+
+FIGURE = """\
+from IPython.display import Image
+
+alt = "Left: w by iteration, with and without zero_(). Right: the training loss by epoch."
+Image(filename=str(output / "lesson.png"), metadata={"alt": alt})"""
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -35,17 +55,16 @@ body {{ margin: 0 auto; max-width: 100rem; padding: 0 1rem; color: #1f2328; back
   font: 1rem/1.6 system-ui, sans-serif; }}
 a {{ color: #0969da; }}
 h2 {{ margin-top: 3rem; }}
-code, pre {{ font: 0.7rem/1.5 ui-monospace, Menlo, Consolas, monospace; }}
+code, pre {{ font: 0.8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }}
 pre {{ margin: 0; padding: 0.75rem; overflow-x: auto; }}
 .prompt, .anchor-link {{ display: none; }}
 .text_cell {{ max-width: 50rem; overflow-wrap: anywhere; }}
 .highlight, .text_cell pre {{ background: #f6f8fa; border-radius: 6px; }}
 .code_cell {{ display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; margin: 1rem 0; }}
 .output_wrapper {{ border-left: 3px solid #d1d9e0; }}
-.output_wrapper pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 .output_wrapper img {{ display: block; max-width: 100%; height: auto; padding: 0.75rem; }}
 @media (min-width: 83rem) {{
-  .code_cell:has(.output_wrapper) {{ grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); }}
+  .code_cell:has(.output_wrapper) {{ grid-template-columns: minmax(0, 50rem) minmax(0, 1fr); }}
 }}
 </style>
 </head>
@@ -58,7 +77,10 @@ pre {{ margin: 0; padding: 0.75rem; overflow-x: auto; }}
 
 def read_lesson() -> NotebookNode:
     """Return lesson_code.py as a notebook, without the command line, which is its last cell."""
-    cells = [cell for source in jupytext.read(LESSON).cells[:-1] for cell in convert(source)]
+    cells = [new_markdown_cell(COLAB)]
+    for cell in jupytext.read(LESSON).cells[:-1]:
+        cells.extend(convert(cell))
+    cells.append(new_code_cell(FIGURE))
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -69,21 +91,24 @@ def read_lesson() -> NotebookNode:
 def convert(cell: NotebookNode) -> Iterator[NotebookNode]:
     """Make of a `# %%` cell what reads well in a notebook.
 
-    The docstring, and the comment under a title, become prose. The body of a `@section` becomes
-    top-level code, in small cells, and so leaves variables that a reader can inspect.
+    The docstring, and comments on lines of their own, become prose. Each definition is a cell. The
+    body of the last function, the section, becomes small cells of top-level code, and so leaves
+    variables that a reader can inspect.
     """
     code = cell.source
     if docstring := ast.get_docstring(ast.parse(code)):
         title, _, text = docstring.partition(": ")
         yield new_markdown_cell(f"# {title}\n\n{text[0].upper()}{text[1:]}")
-        blocks = code.partition('"""\n\n')[2].split("\n\n\n")
-        blocks = [block for block in blocks if not block.startswith("def section")]
-        code = re.sub("SECTIONS.*\n", "", "\n\n\n".join([*blocks, "options = DEFAULTS"]))
-    if title := cell.metadata.get("title"):
-        yield new_markdown_cell(f"## {title}")
-    definitions, _, function = code.partition("@section\n")
-    body = textwrap.dedent(function.partition("\n")[2])
-    for part in [definitions, *split(body)]:
+        yield new_code_cell(code.partition('"""\n\n')[2])
+        return
+    yield new_markdown_cell(f"## {cell.metadata.title}")
+    *definitions, section = code.split("\n\n\n")
+    comments, _, function = section.rpartition("def ")  # Section 2 has comments only before it
+    for part in [*definitions, comments]:
+        yield from prose_and_code(part)
+    if "select_device" in code and "1" in cell.metadata.title:
+        yield new_code_cell(ARGUMENTS)
+    for part in split(textwrap.dedent(function.partition(":\n")[2])):
         yield from prose_and_code(part)
 
 
@@ -93,7 +118,7 @@ def split(body: str) -> list[str]:
     in_comment = False
     for line in body.splitlines():
         starts_comment = line.startswith("#") and not in_comment
-        if not line or starts_comment or line.startswith("with mistake"):
+        if not line or starts_comment or line.startswith("try:"):
             parts.append("")
         parts[-1] += line + "\n"
         in_comment = line.startswith("#")
@@ -123,8 +148,9 @@ def execute(notebook: NotebookNode) -> NotebookNode:
 
 
 def render(notebook: NotebookNode) -> str:
-    """Return the notebook as a page that needs nothing else: its figure is part of it."""
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    """Return the notebook, without its first cell, as a page that needs nothing else."""
+    page = nbformat.v4.new_notebook(cells=notebook.cells[1:], metadata=notebook.metadata)
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(page)
     return PAGE.format(highlight=HtmlFormatter().get_style_defs(".highlight"), body=body)
 
 

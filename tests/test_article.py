@@ -1,9 +1,13 @@
-"""The article's code stands in lesson_code.py letter by letter, white space aside."""
+"""The article's code stands in lesson_code.py, and the comments there say what it prints."""
 
 import re
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+import lesson_code as lesson
 
 LESSON = Path(__file__).resolve().parents[1] / "lesson_code.py"
 
@@ -69,3 +73,22 @@ def without_space(text: str) -> str:
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_stands_in_the_lesson(snippet):
     assert without_space(snippet) in without_space(LESSON.read_text(encoding="utf-8"))
+
+
+def test_comments_say_what_is_printed(tmp_path, monkeypatch):
+    """`print(...)  # what it prints — why`, without labels, and with `...` for what is left out."""
+    printed = defaultdict(list)  # by line number
+
+    def record(*values: object, sep: str = " ") -> None:
+        printed[sys._getframe(1).f_lineno].append(sep.join(map(str, values)))
+
+    monkeypatch.setattr(lesson, "print", record, raising=False)
+    lesson.main(["--device", "cpu", "--output", str(tmp_path)])
+    comments = 0
+    for number, line in enumerate(LESSON.read_text(encoding="utf-8").splitlines(), start=1):
+        if comment := re.fullmatch(r" *print\(.*\)  # (.*)", line):
+            comments += 1
+            pattern = re.escape(comment[1].split(" — ")[0]).replace(re.escape("..."), ".*")
+            text = re.sub(r"\s+", " ", "".join(printed[number]))
+            assert re.search(f"(^|[ :]){pattern}$", text), f"line {number} prints {text!r}"
+    assert comments >= 25

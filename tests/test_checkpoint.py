@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import resource
 import signal
 import time
 import zipfile
@@ -18,7 +19,8 @@ import lesson_code as lesson
 def saved(tmp_path):
     """Return a path with a checkpoint of three epochs, and what was saved."""
     path = tmp_path / "lesson.pt"
-    model, optimizer = lesson.build_model(0, "cpu")
+    model = lesson.SimpleClassifier()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batches = [lesson.make_synthetic_data()]
     losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer, epochs=3)
     lesson.save_checkpoint(path, model, optimizer, losses)
@@ -43,16 +45,61 @@ def test_one_bit_flipped_in_any_byte(saved):
     assert refused > len(content) / 2
 
 
-def test_what_could_not_be_loaded_is_not_saved(saved):
-    path, model, _, losses = saved
+class Subclass(lesson.SimpleClassifier):
+    """Would come back as its parent, with another activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x).tanh())
+
+
+class Adam(torch.optim.Adam):
+    """Would come back as that of torch.optim."""
+
+
+def test_what_would_come_back_changed_is_not_saved(saved):
+    path, _, _, losses = saved
     content = path.read_bytes()
-    one_layer = torch.optim.Adam(model.fc2.parameters())
-    two_groups = torch.optim.Adam([{"params": [p]} for p in model.parameters()])
-    for optimizer in (one_layer, two_groups):
-        with pytest.raises(lesson.CheckpointError, match="parameter group"):
+
+    def changed(**layers: nn.Module) -> lesson.SimpleClassifier:
+        model = lesson.SimpleClassifier()
+        for name, layer in layers.items():
+            setattr(model, name, layer)
+        return model
+
+    frozen, partly_optimized, permuted = (lesson.SimpleClassifier() for _ in range(3))
+    frozen.fc1.requires_grad_(False)
+    cases = [
+        (lesson.SimpleNet(), None),
+        (Subclass(), None),
+        (changed(relu=nn.Tanh()), None),
+        (changed(dropout=nn.Dropout()), None),
+        (changed(fc2=nn.Linear(16, 3, bias=False)), None),
+        (frozen, None),
+        (frozen, torch.optim.Adam(frozen.fc2.parameters())),
+        (partly_optimized, torch.optim.Adam(partly_optimized.fc2.parameters())),
+        (permuted, torch.optim.Adam([*permuted.fc2.parameters(), *permuted.fc1.parameters()])),
+        (model := changed(), torch.optim.Adam([{"params": [p]} for p in model.parameters()])),
+        (model := changed(), torch.optim.Adam(changed().parameters())),
+        (model := changed(), torch.optim.SGD(model.parameters())),
+        (model := changed(), Adam(model.parameters())),
+    ]
+    for model, optimizer in cases:
+        optimizer = optimizer or torch.optim.Adam(model.parameters())
+        with pytest.raises(lesson.CheckpointError):
             lesson.save_checkpoint(path, model, optimizer, losses)
     assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_other_dtypes_and_settings_come_back(tmp_path):
+    model = lesson.SimpleClassifier(5, 7, 2).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3, amsgrad=True)
+    X, y = lesson.make_synthetic_data(20, 5, 2)
+    lesson.train(model, [(X.double(), y)], nn.CrossEntropyLoss(), optimizer, epochs=2)
+    lesson.save_checkpoint(tmp_path / "lesson.pt", model, optimizer, [])
+    loaded, loaded_optimizer, _ = lesson.load_checkpoint(tmp_path / "lesson.pt")
+    assert repr(loaded.state_dict()) == repr(model.state_dict())
+    assert repr(loaded_optimizer.state_dict()) == repr(optimizer.state_dict())
 
 
 def test_truncated_anywhere(saved):
@@ -88,7 +135,7 @@ def test_foreign_files(saved, tmp_path):
         "a whole model": lambda: torch.save(model, path),
         "other sizes": lambda: torch.save(content | {"sizes": (4, 5, 3)}, path),
         "huge sizes": lambda: torch.save(content | {"sizes": (10**6, 10**9, 3)}, path),
-        "no optimizer": lambda: torch.save(content | {"optimizer": "lr_scheduler"}, path),
+        "no optimizer": lambda: torch.save(content | {"optimizer_state_dict": {}}, path),
     }
     for make in foreign.values():
         make()
@@ -129,16 +176,39 @@ def test_failure_while_saving_leaves_the_old_file(saved, tmp_path):
     assert lesson.load_checkpoint(path)[2] == losses
 
 
+def test_full_disk_leaves_the_old_file(saved, tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    path, model, optimizer, losses = saved
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"lesson\.pt|too large"):
+            lesson.save_checkpoint(path, model, optimizer, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == [path]
+    assert lesson.load_checkpoint(path)[2] == losses
+
+
+def test_missing_device_is_not_blamed_on_the_file(saved):
+    path, *_ = saved
+    with pytest.raises(ValueError, match="'cuda:99' is not available"):
+        lesson.load_checkpoint(path, "cuda:99")
+
+
 def test_kill_while_saving_leaves_a_whole_file(saved):
     path, model, optimizer, losses = saved
-    saves = 0
     for _ in range(100):
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             for epoch in range(10**6):
                 lesson.save_checkpoint(path, model, optimizer, [*losses, float(epoch)])
+                os.write(writer, b".")
+        os.read(reader, 1)  # the child is saving again
         time.sleep(random.uniform(0, 0.01))  # the moment of the kill is what is random here
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        saves += len(lesson.load_checkpoint(path)[2]) > 3
-    assert saves > 50
+        os.close(reader)
+        os.close(writer)
+        assert len(lesson.load_checkpoint(path)[2]) > len(losses)

@@ -55,15 +55,15 @@ def test_table_of_sections_names_what_exists():
 
 
 def test_messages_are_those_of_pytorch(output):
-    """Compare the table with what the lesson prints, up to where a message is cut short by ..."""
+    """Each message of the table is printed by the lesson, up to where it is cut short by ..."""
     printed = (output / "printed.txt").read_text()
-    messages = re.findall(r"^  (\w+(?:Error): .+)\n    -> ", printed, re.MULTILINE)
-    rows = re.findall(r"^\| (\w+Error: .+?) \| ", section("Common errors"), re.M)
+    rows = re.findall(r"^\| ([^|]+?) \| ", section("Common errors"), re.MULTILINE)[2:]
     if lesson.torch.version.cuda:  # this build says something else of a GPU that is not there
-        del messages[1], rows[1]
-    assert len(messages) == len(rows) >= 13
-    for message, row in zip(messages, rows, strict=True):
-        assert re.fullmatch(re.escape(row).replace(re.escape("..."), ".*"), message)
+        rows.remove("Torch not compiled with CUDA enabled")
+    assert len(rows) >= 8
+    for row in rows:
+        pattern = re.escape(row).replace(re.escape("..."), ".*")
+        assert re.search(f": {pattern}$", printed, re.MULTILINE), row
 
 
 @pytest.mark.parametrize(("old", "swap", "new", "tests"), EDIT.findall(README))
@@ -94,9 +94,8 @@ def test_code_example_works(output):
     (output / "checkpoints").mkdir()
     shutil.copy(output / "lesson.pt", output / "checkpoints")
     shutil.copy(ROOT / "lesson_code.py", output)
-    command = [sys.executable, "-c", f"{code}print(classes.tolist(), probabilities.shape)"]
-    done = subprocess.run(command, cwd=output, capture_output=True, text=True)
-    assert re.fullmatch(r"\[\d\] torch.Size\(\[1, 3\]\)\n", done.stdout), done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=output, capture_output=True, text=True)
+    assert done.stdout == "tensor([0])\n", done.stderr
 
 
 def test_options_are_those_of_the_command_line(capsys):
