@@ -83,7 +83,8 @@ def scale_loss_by_shard(
 
     DistributedDataParallel and FSDP average the gradients of all ranks, with equal weights. But the
     mean over a smaller shard must count for less: without this factor, the average would not be
-    the gradient of the mean over the batch.
+    the gradient of the mean over the batch. The criterion has to be the mean over the samples; with
+    class weights or an ignore_index it is not.
     """
     scale = shard_size * world_size / batch_size
 

@@ -13,12 +13,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import clip_grad_norm_
 
-from lesson_code import evaluate
 from real_world.training_loop.losses import focal_loss
 
 Batches = Iterable[tuple[torch.Tensor, ...]]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Optimizer = torch.optim.Optimizer
+
+
+def to_floats(tensors: list[torch.Tensor]) -> list[float]:
+    """Return the values of 0-d tensors, read from the device at once."""
+    return torch.stack(tensors).tolist() if tensors else []
 
 
 # %% The article's four: custom loss, gradient clipping, mixed precision, multi-task learning
@@ -38,7 +42,7 @@ def train_with_focal_loss(
             loss.backward()  # 4. Backpropagation
             optimizer.step()  # 5. Update weights
             losses.append(loss.detach())
-    return torch.stack(losses).tolist()
+    return to_floats(losses)
 
 
 def train_with_clipping(
@@ -70,7 +74,7 @@ def train_with_clipping(
             norms.append(norm)  # NEW
             optimizer.step()  # 5. Update weights
             losses.append(loss.detach())
-    return torch.stack(losses).tolist(), torch.stack(norms).tolist()  # NEW
+    return to_floats(losses), to_floats(norms)  # NEW
 
 
 def train_mixed_precision(
@@ -107,7 +111,7 @@ def train_mixed_precision(
             scaler.step(optimizer)  # 5. Update weights  # NEW
             scaler.update()  # NEW
             losses.append(loss.detach())
-    return torch.stack(losses).tolist(), torch.stack(norms).tolist()  # NEW
+    return to_floats(losses), to_floats(norms)  # NEW
 
 
 def train_multi_task(
@@ -128,7 +132,7 @@ def train_multi_task(
             optimizer.step()  # 5. Update weights
             losses_digit.append(loss_digit.detach())  # NEW
             losses_ink.append(loss_ink.detach())  # NEW
-    return torch.stack(losses_digit).tolist(), torch.stack(losses_ink).tolist()  # NEW
+    return to_floats(losses_digit), to_floats(losses_ink)  # NEW
 
 
 # %% Beyond the article: gradient accumulation, learning rate scheduler, early stopping
@@ -144,23 +148,25 @@ def train_with_accumulation(
 ) -> list[float]:
     """Train on batches that do not fit into memory, in parts: backward() adds to the gradients.
 
-    A micro-batch is weighted by its share of the samples, because the last one can be smaller.
+    A micro-batch is weighted by its share of the samples, because the last one can be smaller. This
+    is the large batch if `criterion` is the mean over the samples: with class weights or an
+    ignore_index it divides by another number, and with reduction="sum" it does not divide.
     """
     model.train()
     losses = []
     for _ in range(epochs):
         for X, y in batches:
             optimizer.zero_grad()  # 1. Clear gradients from previous step
-            batch_loss = X.new_zeros(())  # NEW
+            micro_losses = []  # NEW
             parts = zip(X.split(micro_batch_size), y.split(micro_batch_size), strict=True)  # NEW
             for micro_X, micro_y in parts:  # NEW
                 outputs = model(micro_X)  # 2. Forward pass  # NEW
                 loss = criterion(outputs, micro_y) * len(micro_y) / len(y)  # 3. Compute loss  # NEW
                 loss.backward()  # 4. Backpropagation
-                batch_loss += loss.detach()  # NEW
+                micro_losses.append(loss.detach())  # NEW
             optimizer.step()  # 5. Update weights
-            losses.append(batch_loss)  # NEW
-    return torch.stack(losses).tolist()
+            losses.append(torch.stack(micro_losses).sum())  # NEW
+    return to_floats(losses)
 
 
 def train_with_scheduler(
@@ -185,7 +191,7 @@ def train_with_scheduler(
             learning_rates.append(optimizer.param_groups[0]["lr"])  # NEW
             scheduler.step()  # sets the learning rate of the next step  # NEW
             losses.append(loss.detach())
-    return torch.stack(losses).tolist(), learning_rates  # NEW
+    return to_floats(losses), learning_rates  # NEW
 
 
 def train_with_early_stopping(
@@ -209,7 +215,7 @@ def train_with_early_stopping(
     losses = []
     validation_losses = []  # NEW
     for epoch in range(epochs):
-        model.train()  # evaluate() below sets eval mode  # NEW
+        model.train()  # model.eval() is below  # NEW
         for X, y in batches:
             optimizer.zero_grad()  # 1. Clear gradients from previous step
             outputs = model(X)  # 2. Forward pass
@@ -217,7 +223,9 @@ def train_with_early_stopping(
             loss.backward()  # 4. Backpropagation
             optimizer.step()  # 5. Update weights
             losses.append(loss.detach())
-        validation_loss, _ = evaluate(model, X_validation, y_validation)  # NEW
+        model.eval()  # NEW
+        with torch.no_grad():  # NEW
+            validation_loss = criterion(model(X_validation), y_validation).item()  # NEW
         validation_losses.append(validation_loss)  # NEW
         if validation_loss < best_loss:  # NEW
             best_loss = validation_loss  # NEW
@@ -226,4 +234,4 @@ def train_with_early_stopping(
         elif epoch - best_epoch >= patience:  # NEW
             break  # NEW
     model.load_state_dict(best_state)  # NEW
-    return torch.stack(losses).tolist(), validation_losses  # NEW
+    return to_floats(losses), validation_losses  # NEW

@@ -13,14 +13,14 @@ def focal_loss(
 
     Args:
         logits: (batch, num_classes).
-        y: Labels, (batch,) int64.
+        y: Labels, (batch,) int64. As in cross_entropy(), samples with label -100 are ignored.
         gamma: 0, or at least 1. In between, the gradient is not finite where p is 1.
         reduction: "mean", or "none" for the loss of every sample, (batch,).
     """
     per_sample_loss = cross_entropy(logits, y, reduction="none")  # (batch,)
     p = torch.exp(-per_sample_loss)  # the probability of the correct class
     per_sample_loss = (1 - p) ** gamma * per_sample_loss
-    return per_sample_loss.mean() if reduction == "mean" else per_sample_loss
+    return per_sample_loss[y != -100].mean() if reduction == "mean" else per_sample_loss
 
 
 def cumulative_share(per_sample_loss: torch.Tensor) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from readmes import assert_transcript
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +63,10 @@ def test_readme_shows_lines_of_the_loops():
 def test_focal_loss():
     logits, y = 3 * torch.randn(20, 5, dtype=torch.float64), torch.randint(5, (20,))
     torch.testing.assert_close(focal_loss(logits, y, gamma=0.0), cross_entropy(logits, y))
+    ignored = y.masked_fill(y == 0, -100)
+    torch.testing.assert_close(
+        focal_loss(logits, ignored, gamma=0.0), cross_entropy(logits, ignored)
+    )
     p = logits.softmax(dim=1)[range(20), y]
     torch.testing.assert_close(focal_loss(logits, y), (-((1 - p) ** 2) * p.log()).mean())
     model, optimizer = build_model(0)
@@ -138,6 +143,15 @@ def test_accumulation_equals_the_large_batch(micro_batch_size):
     assert losses == pytest.approx(expected, abs=1e-12)
 
 
+def test_accumulation_of_integer_features():
+    model = nn.Sequential(nn.Embedding(17, 3), nn.Flatten(), nn.Linear(3 * 64, 10))
+    X_int = (16 * X).long()
+    expected = cross_entropy(model(X_int), Y).item()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = loops.train_with_accumulation(model, [(X_int, Y)], cross_entropy, sgd, 1)
+    assert losses == pytest.approx([expected])
+
+
 def gradients(model):
     return parameters_to_vector([parameter.grad for parameter in model.parameters()])
 
@@ -209,6 +223,33 @@ def test_early_stopping_restores_the_best_epoch():
     expected, optimizer = build_model(0)
     lesson.train(expected, BATCHES, cross_entropy, optimizer, best)
     assert weights(model).equal(weights(expected))
+
+
+def test_early_stopping_validates_with_the_criterion():
+    """A regression: cross-entropy of one output would be 0 in every epoch."""
+    model = nn.Linear(64, 1)
+    y = X.sum(dim=1, keepdim=True)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+    _, validation_losses = loops.train_with_early_stopping(model, [(X, y)], mse_loss, sgd, 20, X, y)
+    assert len(validation_losses) == 20
+    assert validation_losses[-1] == pytest.approx(mse_loss(model(X), y).item())
+    assert validation_losses[-1] < validation_losses[0] / 2
+
+
+@pytest.mark.parametrize(("batches", "epochs"), [([], 3), (BATCHES, 0)])
+def test_no_batches_or_no_epochs_return_no_losses(batches, epochs):
+    model, optimizer = build_model(0)
+    arguments = model, batches, cross_entropy, optimizer, epochs
+    assert loops.train_with_focal_loss(model, batches, optimizer, epochs) == []
+    assert loops.train_with_clipping(*arguments) == ([], [])
+    assert loops.train_mixed_precision(*arguments) == ([], [])
+    assert loops.train_multi_task(model, batches, optimizer, epochs) == ([], [])
+    assert loops.train_with_accumulation(*arguments) == []
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    assert loops.train_with_scheduler(*arguments, scheduler) == ([], [])
+    losses, validation_losses = loops.train_with_early_stopping(*arguments, X, Y)
+    assert losses == []
+    assert len(validation_losses) == epochs
 
 
 def test_example(tmp_path, capsys):
