@@ -1,6 +1,6 @@
 """PyTorch in five steps: the code of the article "Day 144: PyTorch". Section N is its step N.
 
-The comment after a print() says what it prints. A `try` makes a common mistake. In a terminal:
+The comment after a `print()` is its output. A `try` in a section shows a mistake. In a terminal:
 
     python lesson_code.py                run all five sections; save checkpoints/lesson.pt and .png
     python lesson_code.py --section 3    run one section
@@ -23,16 +23,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 # %% Section 1: Environment setup
-# In a terminal, `./setup.sh` installs what the lesson needs. By hand (Colab has all of it):
+# In a terminal, `./setup.sh` installs all that is needed. By hand (the tests need pytest, too):
 #
 #     pip install torch torchvision torchaudio --index-url https://download.pytorch.org/whl/cpu
 #     pip install matplotlib numpy
 #     python -c "import torch; print(torch.__version__)"
 def select_device(name: str = "auto") -> torch.device:
-    """Return a device; `auto` is CUDA if available, otherwise the CPU. Raises ValueError."""
+    """Return a device; `auto` is cuda or cpu. Raises ValueError if it is not available."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
-        available.append("mps")
+        available.append("mps")  # an Apple GPU
     if torch.cuda.is_available():
         available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name == "auto":
@@ -64,7 +64,7 @@ def tensor_operations(device: torch.device):
     torch.manual_seed(0)  # the same random numbers in every run
     noise = torch.randn(10_000)  # from the standard normal distribution
     print(f"noise: mean {noise.mean():.2f}, std {noise.std():.2f}")  # mean -0.01, std 1.00
-    # A matrix product multiplies rows by columns. It is the core of every linear layer.
+    # The matrix product is the core of every linear layer, which computes x @ weight.T + bias.
     a = torch.arange(6.0).reshape(2, 3)
     b = torch.arange(6.0).reshape(3, 2)
     product = torch.matmul(a, b)  # or a @ b: (2, 3) times (3, 2) is (2, 2)
@@ -73,30 +73,31 @@ def tensor_operations(device: torch.device):
         torch.matmul(a, a)
     except RuntimeError as error:  # the first has 3 columns, but the second has 2 rows
         print("matmul(a, a):", error)  # mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)
-    # reshape() copies no data if it can: the result is a view, another shape for the same memory.
+    # `reshape()` copies only if it has to. Here, the result is a view, which shares a's memory.
     rows, cols = 3, 2
     view = a.reshape(rows, cols)
     view[0, 0] = 100
-    print(f"{a[0, 0] = }")  # tensor(100.)
-    flat = a.T.reshape(6)  # a transpose is not contiguous in memory: to flatten it is to copy it
+    print("after view[0, 0] = 100:", a[0, 0])  # tensor(100.)
+    flat = a.T.reshape(6)  # the elements of a.T are not in row order in memory: a copy
     flat[0] = -1
-    print(f"{a[0, 0] = }")  # tensor(100.)
+    print("after flat[0] = -1:", flat[0], a[0, 0])  # tensor(-1.) tensor(100.)
     # An operation runs on the device of its tensors, and its result is there, too.
     moved = a.to(device)  # a.to("cuda") copies a to the GPU; a.to("cpu") returns a itself
     print("moved @ moved.T is on", (moved @ moved.T).device)
     try:
         a.to("cuda") @ a.T
-    except (RuntimeError, AssertionError) as error:  # on two devices; or there is no GPU
+    except (RuntimeError, AssertionError) as error:  # no GPU; or a.T is still on the CPU
         print('a.to("cuda") @ a.T:', error)
 
 
 # %% Section 3: Autograd walkthrough
 # PyTorch records every operation on a tensor with `requires_grad=True` in a directed acyclic graph.
-# backward() traverses it from the loss to the leaves, the tensors that you created, and applies the
+# `backward()` traverses it from the loss to the leaves, the tensors that you created, applying the
 # chain rule at every node. AccumulateGrad, the last node, adds the result to the leaf's `.grad`.
 def recorded_graph(result: torch.Tensor) -> list[str]:
-    """Return the names of a graph's nodes, from the result to a leaf, along their first input."""
-    names, node = [], result.grad_fn
+    """Return the names of the graph's nodes, from `result` to a leaf, along each first input."""
+    names = []
+    node = result.grad_fn  # it computes the gradient of the last operation
     while node is not None:
         names.append(type(node).__name__)
         node = node.next_functions[0][0] if node.next_functions else None
@@ -104,7 +105,7 @@ def recorded_graph(result: torch.Tensor) -> list[str]:
 
 
 def gradient_descent(zero_grad: bool = True) -> tuple[list[float], list[float], list[float]]:
-    """Minimize (w * 3 - 9) ** 2 by hand; return 21 values of w, and 20 losses and gradients."""
+    """Minimize (w * 3 - 9) ** 2; return w (first its initial value), losses and gradients."""
     w = torch.tensor(2.0, requires_grad=True)
     w_history, losses, grads = [2.0], [], []
     for _ in range(20):
@@ -114,7 +115,7 @@ def gradient_descent(zero_grad: bool = True) -> tuple[list[float], list[float], 
         grads.append(w.grad.item())
         with torch.no_grad():  # do not record the update
             w -= 0.03 * w.grad  # the learning rate is 0.03
-        if zero_grad:  # without it, the next backward() adds to this gradient, a common bug
+        if zero_grad:  # otherwise, the next backward() adds to this gradient: a common bug
             w.grad.zero_()  # the trailing underscore denotes an in-place operation
         w_history.append(w.item())
     return w_history, losses, grads
@@ -126,7 +127,7 @@ def autograd_walkthrough():
     loss.backward()
     print(w.grad)  # tensor(-18.) — d(loss)/dw
     print("graph:", *recorded_graph(loss))  # PowBackward0 SubBackward0 MulBackward0 AccumulateGrad
-    print(f"{2 * (2 * 3 - 9) * 1 * 3 = }")  # -18 — the derivatives of the power, of - 9 and of * 3
+    print("chain rule:", 2 * (2 * 3 - 9) * 1 * 3)  # -18 — the derivatives of ** 2, - 9 and * 3
     try:
         loss.backward()
     except RuntimeError as error:  # the graph was freed: compute the loss again
@@ -139,15 +140,15 @@ def autograd_walkthrough():
         w -= 0.03 * w.grad
     except RuntimeError as error:  # autograd would record the update: use torch.no_grad()
         print("w -= ...:", error)  # a leaf Variable that requires grad is being used in an ...
-    # Gradient descent by hand: compute the loss and its gradient, then update w against it.
+    # Gradient descent by hand: compute the loss and its gradient, then w -= lr * gradient.
     good = gradient_descent()
     bad = gradient_descent(zero_grad=False)
     print("                with w.grad.zero_()       without w.grad.zero_()")
     print("iteration        w     loss  gradient        w     loss  gradient")
-    for i in (0, 1, 2, 3, 4, 9, 14, 19):
-        columns = [f"{w[i]:>9.4f}{loss[i]:>9.4f}{grad[i]:>10.4f}" for w, loss, grad in (good, bad)]
-        print(f"{i + 1:>9}", *columns, sep="")
-    # An optimizer does this for all tensors that it is given: step() is w -= lr * w.grad.
+    for i in (0, 1, 2, 3, 4, 5, 10, 19):
+        columns = [f"{ws[i]:>9.4f}{ls[i]:>9.4f}{gs[i]:>10.4f}" for ws, ls, gs in (good, bad)]
+        print(f"{i:>9}", *columns, sep="")
+    # An optimizer updates all tensors that it is given. The `step()` of SGD is w -= lr * w.grad.
     w = torch.tensor(2.0, requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=0.03)  # stochastic gradient descent
     w_history = [2.0]
@@ -157,7 +158,7 @@ def autograd_walkthrough():
         loss.backward()
         optimizer.step()
         w_history.append(w.item())
-    print("the 21 values of w are those by hand:", w_history == good[0])  # True
+    print("SGD gives the same 21 values of w:", w_history == good[0])  # True
     # The graph is dynamic: every forward pass records a new one, which can depend on the data.
     for value in (5.0, 0.5, -3.0):
         x = torch.tensor(value, requires_grad=True)
@@ -168,7 +169,7 @@ def autograd_walkthrough():
 
 
 # %% Section 4: Build and train a two-layer network
-# A model is a class: layers in `__init__`, the computation in `forward()`, which model(X) calls.
+# A model is a class: layers in `__init__`, the computation in `forward()`, which `model(X)` calls.
 # Assigning a layer to `self` registers its parameters, the weights and biases to be trained.
 class SimpleNet(nn.Module):
     def __init__(self):
@@ -214,9 +215,9 @@ def train(
     """Train a model in place with the article's loop; return the loss of every step.
 
     `batches` is a DataLoader or a list of pairs (X, y) on the model's device; a generator would be
-    empty after the first epoch. `on_step(step, loss)` is called after every update.
+    empty after the first epoch. `on_step(step, loss)` is called after every step.
     """
-    model.train()
+    model.train()  # training mode, for layers such as dropout
     losses = []
     for epoch in range(epochs):  # 100 in the article
         for X, y in batches:  # one batch in the article
@@ -233,7 +234,7 @@ def train(
 
 @torch.no_grad()  # record no graph: there will be no backward()
 def evaluate(model: nn.Module, X: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    """Return the cross-entropy loss and the accuracy of a model on X and y, in eval mode."""
+    """Return the cross-entropy loss and the accuracy on X and y; leave the model in eval mode."""
     if y.ndim != 1:
         raise ValueError(f"y must be (batch,), one class index per sample, got {tuple(y.shape)}")
     model.eval()
@@ -243,70 +244,70 @@ def evaluate(model: nn.Module, X: torch.Tensor, y: torch.Tensor) -> tuple[float,
 
 
 def build_and_train(device: torch.device, epochs: int = 100, seed: int = 0):
-    model = SimpleClassifier()
+    model = SimpleClassifier()  # to look at it
     print(model)
     print("parameters:", sum(parameter.numel() for parameter in model.parameters()))  # 131
-    print("logits of 5 samples:", model(torch.ones(5, 4)).shape)  # torch.Size([5, 3])
-    net = SimpleNet()
-    net.layers = [nn.Linear(2, 2)]  # a mistake: a list registers nothing; use nn.ModuleList
-    print("registered:", list(net.state_dict()))  # ['linear.weight', 'linear.bias']
+    print("logits, 5 samples:", model(torch.ones(5, 4)).shape)  # torch.Size([5, 3])
+    simple_net = SimpleNet()
+    simple_net.layers = [nn.Linear(2, 2)]  # a mistake: a list registers nothing; use nn.ModuleList
+    print("registered:", list(simple_net.state_dict()))  # ['linear.weight', 'linear.bias']
 
-    # An epoch is one pass over all samples; a batch is the samples of one step, here all 100. The
-    # criterion computes the loss: cross-entropy turns logits into probabilities (softmax) and takes
-    # the mean of -ln(probability of the label). Adam adapts the step size of each parameter.
+    # A step is one update of the parameters; a batch is its samples, here all 100; an epoch is one
+    # pass over all samples. The criterion computes the loss: CrossEntropyLoss turns logits into
+    # probabilities (softmax), and takes the mean of -ln(probability of the label).
     torch.manual_seed(seed)  # the same initial weights in every run
     model = SimpleClassifier().to(device)
     X, y = make_synthetic_data(seed=seed, device=device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = train(model, [(X, y)], criterion, optimizer, epochs)
-    for epoch in range(10, epochs + 1, 10):
+    for epoch in [*range(10, epochs, 10), epochs]:
         print(f"epoch {epoch:>4}  loss {losses[epoch - 1]:.4f}")
     for epoch in range(2, min(epochs, 100) + 1):  # later, near a minimum, an update may overshoot
         before, after = losses[epoch - 2 : epoch]
         assert after < before, f"in epoch {epoch}, the loss went from {before:.4f} to {after:.4f}"
-    # Random labels can be memorized, but not learned: on new samples, it is at chance level.
+    # Random labels can only be memorized: on new samples, the accuracy is at chance level.
     X_test, y_test = make_synthetic_data(2000, seed=seed + 1, device=device)
-    print(f"chance level, ln(classes): loss {math.log(model.fc2.out_features):.2f}")  # 1.10
+    print(f"chance level: loss {math.log(3):.2f}, accuracy {1 / 3:.0%}")  # loss 1.10, accuracy 33%
     loss, accuracy = evaluate(model, X, y)
     print(f"training samples: loss {loss:.2f}, accuracy {accuracy:.0%}")  # loss 0.73, accuracy 66%
     loss, accuracy = evaluate(model, X_test, y_test)
     print(f"new samples: loss {loss:.2f}, accuracy {accuracy:.0%}")  # loss 1.52, accuracy 34%
 
     # Labels that follow a rule can be learned: here, which of the first three features is largest.
-    # A DataLoader divides 100 samples into 5 mini-batches of 20, in another order in every epoch.
+    # A DataLoader divides 100 samples into 5 mini-batches of 20, reshuffled in every epoch.
     torch.manual_seed(seed)
     model = SimpleClassifier().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     dataset = TensorDataset(X, X[:, :3].argmax(dim=1))
     train(model, DataLoader(dataset, 20, shuffle=True), criterion, optimizer, epochs)
     loss, accuracy = evaluate(model, X_test, X_test[:, :3].argmax(dim=1))
-    print(f"a rule, new samples: loss {loss:.2f}, accuracy {accuracy:.0%}")  # loss 0.09, ...
-    # evaluate() calls model.eval(): dropout, for example, sets random inputs to 0 in training only.
+    print(f"learned rule, new samples: loss {loss:.2f}, accuracy {accuracy:.0%}")  # loss 0.09, ...
+    # In training mode, Dropout(0.5) zeroes half of its inputs at random, and doubles the others.
     dropout = nn.Dropout(0.5)
     torch.manual_seed(0)
     print("training mode:", dropout(torch.ones(4)), dropout(torch.ones(4)))
     dropout.eval()
     print("eval mode:", dropout(torch.ones(4)), dropout(torch.ones(4)))
     # Mistakes, on the CPU: on a GPU, a label out of bounds would leave the CUDA context unusable.
-    net = SimpleClassifier()
-    samples, labels = make_synthetic_data()
+    cpu_model = SimpleClassifier()
+    cpu_X, cpu_y = make_synthetic_data()
     try:
-        net(torch.from_numpy(np.ones((5, 4))))
+        cpu_model(torch.from_numpy(np.ones((5, 4))))
     except RuntimeError as error:  # NumPy's default dtype is float64: use X.float()
-        print("from_numpy():", error)  # mat1 and mat2 must have the same dtype, but got Double ...
-    for y in (labels.float(), labels + 1):  # labels must be int64, and of 3 classes, from 0 to 2
+        print("float64 features:", error)  # mat1 and mat2 must have the same dtype, but got ...
+    for wrong in (cpu_y.float(), cpu_y + 1):  # labels are int64, and of 3 classes, from 0 to 2
         try:
-            criterion(net(samples), y)
+            criterion(cpu_model(cpu_X), wrong)
         except (RuntimeError, IndexError) as error:
-            print("labels:", error)
-    # No error, but a loss above 0: a softmax before CrossEntropyLoss, which applies one itself.
-    perfect = 100 * torch.eye(3)  # logits of three samples, whose labels are 0, 1 and 2
+            print(f"labels of {wrong.dtype}, up to {wrong.max():.0f}:", error)
+    # No error, but a wrong loss: CrossEntropyLoss applies softmax itself, so give it logits.
+    perfect = 100 * torch.eye(3)  # logits of samples whose labels are 0, 1 and 2: the loss is 0
     print("softmax twice:", criterion(perfect.softmax(dim=1), torch.arange(3)))  # tensor(0.5514)
 
 
 # %% Section 5: Verify, test and demo
-# A checkpoint holds what is needed to use a model and to resume its training. In a terminal:
+# A checkpoint holds what it takes to use a model and resume its training. Tests, in a terminal:
 #
 #     # Run from the day144_pytorch/ directory
 #     pytest test_lesson.py -v
@@ -317,7 +318,7 @@ class CheckpointError(Exception):
 def save_checkpoint(
     path: Path | str, model: SimpleClassifier, optimizer: torch.optim.Adam, losses: list[float]
 ) -> None:
-    """Save a SimpleClassifier, its torch.optim.Adam and its losses, or leave the old file.
+    """Save model, torch.optim.Adam and losses. If this fails, an existing file is unchanged.
 
     Raises OSError, and CheckpointError for what would not come back as it was.
     """
@@ -326,20 +327,20 @@ def save_checkpoint(
     optimized = [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
     supported = [SimpleClassifier, nn.Linear, nn.ReLU, nn.Linear, torch.optim.Adam]
     if [*layers, type(optimizer)] != supported or optimized != trainable:
-        raise CheckpointError("can save only a SimpleClassifier and an Adam for all of it")
+        raise CheckpointError("saves only a SimpleClassifier, and an Adam for all its parameters")
     content = {
         "sizes": (model.fc1.in_features, model.fc1.out_features, model.fc2.out_features),
         "model_state_dict": model.state_dict(),
         "optimizer_state_dict": optimizer.state_dict(),
         "losses": losses,
     }
-    buffer = io.BytesIO()  # in memory: on a full disk, torch.save() would not raise OSError
+    buffer = io.BytesIO()  # in memory: on a full disk, torch.save() raises RuntimeError
     torch.save(content, buffer)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(buffer.getvalue())
-        load_checkpoint(temporary)
-        temporary.replace(path)
+        load_checkpoint(temporary)  # can it be loaded?
+        temporary.replace(path)  # atomic
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -347,17 +348,17 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path | str, device: Device = "cpu"
 ) -> tuple[SimpleClassifier, torch.optim.Adam, list[float]]:
-    """Return a checkpoint's model, optimizer and losses; run no code. Raises CheckpointError."""
+    """Return model, optimizer and losses; execute no code. Raises CheckpointError, ValueError."""
     device = select_device(str(device))
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load() ignores checksums, skips folders
+        with zipfile.ZipFile(path) as archive:  # torch.load() ignores checksums, and folders (0x10)
             if archive.testzip() or any(info.external_attr & 0x10 for info in archive.infolist()):
                 raise zipfile.BadZipFile("a record is corrupted")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # shapes only: no memory, no random numbers
+        with torch.device("meta"):  # shapes only; assign=True below replaces the parameters
             model = SimpleClassifier(*content["sizes"])
         model.load_state_dict(content["model_state_dict"], assign=True)
-        optimizer = torch.optim.Adam(model.to(device).parameters())
+        optimizer = torch.optim.Adam(model.to(device).parameters())  # lr is in the file
         optimizer.load_state_dict(content["optimizer_state_dict"])
         return model, optimizer, content["losses"]
     except Exception as error:  # a damaged file can raise any exception
@@ -382,7 +383,7 @@ def plot_lesson(path: Path | str, losses: list[float], test_loss: float) -> None
     descent.set(title="Gradient descent: w", xlabel="iteration", ylim=(1.5, 5), xticks=[0, 10, 20])
     descent.plot(gradient_descent(zero_grad=False)[0], "o--", color="C1", label="without zero_()")
     descent.plot(gradient_descent()[0], "o-", color="C0", label="with w.grad.zero_()")
-    training.set(title="Training: cross-entropy loss", xlabel="epoch", ylim=(0, 1.5))
+    training.set(title="Labels that follow a rule", xlabel="epoch", ylabel="loss", ylim=(0, 1.5))
     training.plot(range(1, len(losses) + 1), losses, label="training samples")
     training.plot(len(losses), test_loss, "s", label="new samples, after training")
     training.axhline(math.log(3), color="grey", ls=":", label="chance level: ln 3")
@@ -391,8 +392,8 @@ def plot_lesson(path: Path | str, losses: list[float], test_loss: float) -> None
     figure.savefig(path)
 
 
-def verify_test_and_demo(device: torch.device, epochs: int, seed: int, output: Path, figure: bool):
-    # The checkpoint of a model that learned the rule of section 4 predicts the same, bit for bit.
+def verify_test_and_demo(device: torch.device, epochs: int, seed: int, output: Path, plot: bool):
+    # A model that learned the rule of section 4 predicts the same after loading, bit for bit.
     torch.manual_seed(seed)
     model = SimpleClassifier().to(device)
     X, _ = make_synthetic_data(seed=seed, device=device)
@@ -405,22 +406,21 @@ def verify_test_and_demo(device: torch.device, epochs: int, seed: int, output: P
     print("saved", output / "lesson.pt")
     loaded, loaded_optimizer, _ = load_checkpoint(output / "lesson.pt", device)
     print("same predictions:", predict(loaded, X)[1].equal(predict(model, X)[1]))  # True
-
     # The demo: new samples, whose class is the index of the largest of the first three features.
     X_test, _ = make_synthetic_data(2000, seed=seed + 1, device=device)
     loss, accuracy = evaluate(loaded, X_test, X_test[:, :3].argmax(dim=1))
     print(f"new samples: loss {loss:.2f}, accuracy {accuracy:.0%}")  # loss 0.11, accuracy 95%
     for x in X_test[:4]:
-        label, probabilities = predict(loaded, x)
-        print(f"{x}: class {label}, probability {probabilities[label]:.1%}")
-    if figure:
+        predicted, probabilities = predict(loaded, x)
+        print(f"{x}: class {predicted} ({probabilities[predicted]:.1%})")
+    if plot:
         plot_lesson(output / "lesson.png", losses, loss)
         print("saved", output / "lesson.png")
-    # The checkpoint holds the state of the optimizer, too: more training has the same losses.
+    # The checkpoint also holds the optimizer state: resumed training has the same losses.
     more = train(model, batches, criterion, optimizer, 10)
     resumed = train(loaded, batches, criterion, loaded_optimizer, 10)
     print("same losses:", resumed == more)  # True
-    # A mistake: to save a whole model, as a pickle, which can run any code when it is loaded.
+    # A mistake: saving the whole model. To load it, PyTorch would have to run code from the file.
     buffer = io.BytesIO()  # a file in memory
     torch.save(model, buffer)
     try:
@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=100, help="epochs of training (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints")
-    parser.add_argument("--no-figure", dest="figure", action="store_false", help="no lesson.png")
+    parser.add_argument("--no-figure", dest="plot", action="store_false", help="no lesson.png")
     args = parser.parse_args(argv)
     if args.epochs < 1 or not 0 <= args.seed < 2**32:
         parser.error("--epochs must be at least 1, and --seed from 0 to 2**32 - 1")
@@ -458,13 +458,13 @@ def main(argv: list[str] | None = None) -> None:
             elif number == 4:
                 build_and_train(device, args.epochs, args.seed)
             else:
-                verify_test_and_demo(device, args.epochs, args.seed, args.output, args.figure)
+                verify_test_and_demo(device, args.epochs, args.seed, args.output, args.plot)
     except (CheckpointError, OSError) as error:
         parser.exit(1, f"lesson_code.py: {error}\n")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # on a busy computer, more threads wait for each other
+    torch.set_num_threads(1)  # the tensors are small, and threads wait for each other
     if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the lesson without an error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if `| head` ends
     main()

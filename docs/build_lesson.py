@@ -5,6 +5,7 @@ jupytext reads the `# %%` cells, nbclient executes them, and nbconvert renders t
 
 import ast
 import itertools
+import re
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -26,20 +27,19 @@ COLAB = """\
 (https://colab.research.google.com/github/sysdr/aiml-p/blob/main/day144/day144_pytorch/docs/lesson.ipynb)
 
 This notebook is built from `lesson_code.py`. Run its cells in order, each as often as you like.
-What stands here as a command is for a terminal, in the folder of the project."""
+Colab has all that it needs. The commands are for a terminal, in the folder of the project."""
 
 ARGUMENTS = """\
-# What the sections below use: change it, and run them again.
+# Options of the sections below: change them, and run the sections again.
 device = select_device()
 epochs = 100
 seed = 0
-output = Path("checkpoints")
-figure = True"""
+output = Path("checkpoints")"""
 
 FIGURE = """\
 from IPython.display import Image
 
-alt = "Left: w by iteration, with and without zero_(). Right: the training loss by epoch."
+alt = "Left: w by iteration, with and without zero_(). Right: the loss by epoch."
 Image(filename=str(output / "lesson.png"), metadata={"alt": alt})"""
 
 PAGE = """<!DOCTYPE html>
@@ -108,7 +108,9 @@ def convert(cell: NotebookNode) -> Iterator[NotebookNode]:
         yield from prose_and_code(part)
     if "select_device" in code and "1" in cell.metadata.title:
         yield new_code_cell(ARGUMENTS)
-    for part in split(textwrap.dedent(function.partition(":\n")[2])):
+    body = textwrap.dedent(function.partition(":\n")[2])
+    always = re.sub(r"^if plot:\n((    .*\n)+)", lambda m: textwrap.dedent(m[1]), body, flags=re.M)
+    for part in split(always):
         yield from prose_and_code(part)
 
 
