@@ -6,19 +6,19 @@
 #   ./setup.sh python lesson_code.py    install what the lesson needs, then run a command in .venv
 #
 # PYTHON=/path/to/python3.12 ./setup.sh chooses the Python for .venv.
+# shellcheck disable=SC2128 # dash and zsh read this line, too
+[ "${BASH_SOURCE-}" = "$0" ] || { echo "setup.sh: run it as ./setup.sh" >&2 && return 1 2>/dev/null || exit 1; }
 set -euo pipefail
-unset CDPATH PYTHONHOME
+unset CDPATH PYTHONHOME PYTHONPATH
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 venv=$here/.venv
+PATH=${PATH//"$venv/bin:"/} # where .venv is activated: it is not made with its own Python
 installed=$venv/.installed # a copy of each requirements file, and of $(identity), once all is installed
 cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf 'setup.sh: %s\n' "$1" >&2; }
-fail() {
-  say "$1"
-  exit "${2:-1}"
-}
+fail() { say "$1" && exit "${2:-1}"; }
 
 # The scripts of .venv contain its path, and its packages belong to one version of Python.
 identity() { printf '%s %s' "$here" "$("$venv/bin/python" -ISc 'import sys; print(sys.version)' 2>&1 || true)"; }
@@ -36,18 +36,18 @@ find_python() {
   local candidates=(python3 python3.{15,14,13,12,11,10} python)
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for python in "${candidates[@]}"; do
-    if "$python" -c "import sys; sys.exit(not $versions)" 2>/dev/null; then
+    if [ "$("$python" -c "import sys; print($versions and sys.prefix != sys.argv[1])" "$venv" 2>/dev/null)" = True ]; then
       printf '%s' "$python"
       return
     fi
   done
   python=${candidates[0]}
-  fail "needs Python $range, but finds $("$python" --version 2>&1 || true); install one or name it: PYTHON=python3.12 ./setup.sh"
+  fail "needs Python $range, but finds $("$python" --version 2>&1 || true); install one outside of .venv, or name it: PYTHON=python3.12 ./setup.sh"
 }
 
 make_venv() {
-  "$1" -c 'import ensurepip, venv' 2>/dev/null ||
-    fail "$1 has no venv module; on Debian and Ubuntu: sudo apt install $(basename "$1")-venv"
+  "$1" -c 'import ctypes, ensurepip, venv' 2>/dev/null ||
+    fail "$1 has no ctypes or no venv module; on Debian and Ubuntu: sudo apt install $(basename "$1")-venv"
   say "making $venv with $("$1" --version)"
   rm -rf -- "$venv"
   mkdir -p -- "$installed" # first, to tell from now on that this .venv is ours
@@ -58,7 +58,7 @@ make_venv() {
 pip_install() {
   local compile=--no-compile # Python compiles what it imports; all of it would take a minute
   [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
-  env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_DRY_RUN -u PIP_PYTHON -u PYTHONPATH PIP_USER=0 \
+  env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_DRY_RUN -u PIP_PYTHON -u PIP_NO_DEPS PIP_USER=0 \
     "$venv/bin/python" -m pip install --disable-pip-version-check "$compile" "$@" >&2 ||
     fail "pip failed: see its message above, check the network and the disk, and run this again"
 }
@@ -96,8 +96,8 @@ set_up() {
     say "waiting for another setup.sh in this folder"
     "$python" -c "$lock" 0 || true
   fi
-  if [ -e "$venv" ] && [ ! -d "$installed" ]; then
-    fail "$venv was not made by setup.sh: move or delete it, then run this again"
+  if [ -e "$venv" ] && { [ ! -d "$installed" ] || [ ! -w "$venv" ]; }; then
+    fail "$venv was not made by setup.sh, or by another user: move or delete it, then run this again"
   fi
   if [ "$(cat "$installed/identity" 2>/dev/null)" != "$(identity)" ]; then
     [ ! -e "$venv" ] || say "an earlier set-up was interrupted, or something moved: starting again"
@@ -108,13 +108,13 @@ set_up() {
 }
 
 files=(requirements.txt)
+[ "${1-}" != --all ] || { files+=(real_world/requirements.txt real_world/constraints.txt) && shift; }
 case ${1-} in
-  --all) files+=(real_world/requirements.txt real_world/constraints.txt) && shift ;;
-  --help | -h) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" && exit ;;
+  --help | -h) sed -n '2,/^# PYTHON/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
   -*) fail "unknown option $1: use --all, --help or a command to run" 2 ;;
 esac
 
-up_to_date || set_up
+up_to_date || (unset PYTHONHASHSEED PYTHONINSPECT && set_up)
 [ $# -gt 0 ] || { say "ready; './setup.sh python lesson_code.py' runs the lesson" && exit; }
 export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
 exec "$@"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = "basename bash cat cmp cp dirname env grep mkdir rm sed timeout uname"
+TOOLS = "basename bash cat cmp cp dirname env grep mkdir readlink rm sed timeout uname"
 
 
 @pytest.fixture
@@ -106,6 +106,7 @@ def test_an_interrupted_set_up_is_repaired_and_a_moved_folder_too(project):
     repaired = run(project, "python", "-c", "import iniconfig, pip")
     assert repaired.returncode == 0
     assert "an earlier set-up was interrupted" in repaired.stderr
+    assert run(project, "true").stderr == ""
     moved = project.rename(project.parent / "moved")
     assert run(moved, "pip", "--version").stdout.count(f"{moved}/.venv/") == 1
 
@@ -118,9 +119,22 @@ def test_two_at_a_time_wait_for_each_other(project):
     assert [process.wait(300) for process in both] == [0, 0]
 
 
-@pytest.mark.parametrize("option", ["--al", "-x"])
-def test_an_unknown_option_is_refused(project, option):
-    refused = run(project, option)
+def test_an_activated_environment_is_not_made_again_with_its_own_python(project):
+    """After an interrupted set-up: it would delete the Python that makes the new one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", project / ".venv"], check=True)
+    (project / ".venv" / ".installed").mkdir()
+    activated = f"{project}/.venv/bin:{os.environ['PATH']}"
+    named = run(project, "true", PYTHON=str(project / ".venv" / "bin" / "python"))
+    assert named.returncode == 1
+    assert "install one outside of .venv, or name it" in named.stderr
+    repaired = run(project, "python", "-c", "import iniconfig, pip", PATH=activated)
+    assert repaired.returncode == 0, repaired.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--al"], ["-x"], ["--all", "-c", "env"]])
+def test_an_unknown_option_is_refused(project, arguments):
+    option = arguments[-2] if len(arguments) > 1 else arguments[0]
+    refused = run(project, *arguments)
     assert refused.returncode == 2
     assert refused.stderr == (
         f"setup.sh: unknown option {option}: use --all, --help or a command to run\n"
@@ -128,7 +142,27 @@ def test_an_unknown_option_is_refused(project, option):
 
 
 def test_help_is_the_head_of_the_script(project):
-    assert "./setup.sh python lesson_code.py" in run(project, "--help").stdout
+    shown = run(project, "--help").stdout
+    assert "./setup.sh python lesson_code.py" in shown
+    assert "shellcheck" not in shown
+    assert run(project, "--all", "--help").stdout == shown
+
+
+@pytest.mark.parametrize("command", ["source ./setup.sh", "sh setup.sh"])
+def test_sourced_or_run_by_another_shell(project, command):
+    """One line, and the reader's shell goes on."""
+    script = f"{command}; echo still here"
+    done = subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("still here\n", "setup.sh: run it as ./setup.sh\n")
+
+
+def test_a_link_to_the_script_uses_the_folder_of_the_script(project, tmp_path):
+    link = tmp_path / "elsewhere" / "setup.sh"
+    link.parent.mkdir()
+    link.symlink_to(project / "setup.sh")
+    command = [link, "python", "-c", "import sys; print(sys.prefix)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{project}/.venv\n"
 
 
 def test_a_python_too_old_is_named(project):
@@ -140,9 +174,10 @@ def test_a_python_too_old_is_named(project):
 
 
 def test_a_python_without_venv_is_told_what_to_install(project):
-    bare = 'case "$2" in *ensurepip*) exit 1 ;; esac'
+    bare = 'case "$2" in *ensurepip*) exit 1 ;; esac; echo True'
     refused = run(project, "true", **tools_and(project / "bin", python3=bare))
     assert refused.returncode == 1
+    assert "no ctypes or no venv module; " in refused.stderr
     assert "sudo apt install python3-venv" in refused.stderr
 
 
@@ -199,6 +234,11 @@ def test_settings_that_install_somewhere_else_are_ignored(project, tmp_path, set
     assert run(project, "python", "-Ic", "import iniconfig").returncode == 0
 
 
+def test_requirements_of_requirements_are_installed(project):
+    (project / "requirements.txt").write_text("anyio==4.16.0\n")
+    assert run(project, "python", "-c", "import idna", PIP_NO_DEPS="1").returncode == 0
+
+
 def test_pip_configured_to_install_somewhere_else_is_reported(project, tmp_path):
     config = tmp_path / "pip.conf"
     config.write_text(f"[install]\ntarget = {tmp_path}/elsewhere\n")
@@ -214,9 +254,27 @@ def test_an_environment_of_somebody_else_is_kept(project):
     refused = run(project, "true")
     assert refused.returncode == 1
     assert refused.stderr.endswith(
-        "was not made by setup.sh: move or delete it, then run this again\n"
+        "was not made by setup.sh, or by another user: move or delete it, then run this again\n"
     )
     assert (own / "bin" / "python").exists()
+
+
+def test_an_environment_of_another_user_is_kept(project):
+    """Root ignores permissions, so nobody runs the script then."""
+    own = project / ".venv"
+    (own / ".installed").mkdir(parents=True)
+    own.chmod(0o555)
+    for folder in (project, *list(project.parents)[:3]):  # up to pytest's folder in /tmp
+        folder.chmod(0o755)
+    user = 65534 if os.geteuid() == 0 else None
+    command = [project / "setup.sh", "true"]
+    refused = subprocess.run(command, user=user, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        f"setup.sh: {own} was not made by setup.sh, or by another user: "
+        "move or delete it, then run this again\n"
+    )
+    assert (own / ".installed").exists()
 
 
 @pytest.mark.parametrize(
@@ -241,9 +299,19 @@ def test_pytorch_for_the_cpu_is_chosen_without_a_gpu_only(project, gpus, chosen)
 
 
 def test_variables_of_the_shell_do_no_harm(project):
-    settings = {"CDPATH": "/:/tmp", "PYTHONHOME": "/nowhere"}
+    (project / "broken").mkdir()
+    (project / "broken" / "iniconfig.py").write_text("1 / 0")
+    settings = {"CDPATH": "/:/tmp", "PYTHONHOME": "/nowhere", "PYTHONPATH": f"{project}/broken"}
     done = run(project, "python", "-c", "import iniconfig, sys; print(sys.prefix)", **settings)
     assert (done.returncode, done.stdout) == (0, f"{project}/.venv\n")
+
+
+@pytest.mark.parametrize("setting", [{"PYTHONHASHSEED": "abc"}, {"PYTHONINSPECT": "1"}])
+def test_settings_of_python_are_for_the_command(project, setting):
+    """Python itself says what is wrong with them, when the command runs."""
+    assert run(project, "true", **setting).returncode == 0
+    done = run(project, "python", "-c", "import iniconfig", **setting)
+    assert ("PYTHONHASHSEED must be" in done.stderr) == ("PYTHONHASHSEED" in setting)
 
 
 def test_a_python_that_does_not_exist_is_not_replaced(project):
