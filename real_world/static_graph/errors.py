@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from real_world.common import CheckFailed, show
 from real_world.static_graph.tf_setup import keras, tf
@@ -44,6 +45,9 @@ def inspect_traceback(function: Callable[[], object]) -> tuple[str, int, int | N
     """
     try:
         function()
+    except BackendCompilerFailed as error:  # not the model's error: no C++ compiler, for example
+        reason = str(error.inner_exception).splitlines()[0]
+        raise CheckFailed(f"torch.compile is not available: {reason}") from None
     except (IndexError, RuntimeError, tf.errors.InvalidArgumentError) as error:
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
         # The faulty line is the third one of forward() or call(), after the docstring.

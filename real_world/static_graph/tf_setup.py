@@ -18,4 +18,6 @@ with contextlib.suppress(ImportError):
 import tensorflow as tf
 import keras
 
+keras.config.set_floatx("float32")  # instead of the one in ~/.keras/keras.json
+
 __all__ = ["keras", "tf"]
