@@ -17,7 +17,15 @@ import sys
 import torch
 import torch.distributed as dist
 
-from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
+from real_world.common import (
+    CheckFailed,
+    bounded_int,
+    check,
+    make_parser,
+    print_heading,
+    run_cli,
+    show,
+)
 from real_world.digits.data import load_digits
 from real_world.distributed import ddp, fsdp
 from real_world.distributed.process_group import (
@@ -67,7 +75,11 @@ def run_ddp(args: argparse.Namespace, device: torch.device) -> None:
     ddp.train_ddp(model, optimizer, losses, X, y, args.epochs, args.save_every, path)
     show(f"loss, epochs 1 and {args.epochs}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
     expected_model, expected_losses = ddp.train_on_one_process(X, y, args.seed, args.epochs)
-    check_equal(losses, expected_losses, model.state_dict(), expected_model.state_dict())
+    try:
+        check_equal(losses, expected_losses, model.state_dict(), expected_model.state_dict())
+    except CheckFailed:
+        path.unlink(missing_ok=True)  # the next run must not resume from it
+        raise
     show("checkpoint saved to", path)
 
 
@@ -90,11 +102,10 @@ def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
         show("resumed from", folder / f"step-{first_step}")
     losses = fsdp.train_fsdp(model, optimizer, args.seed, first_step, args.steps)
     show(f"loss, steps {first_step + 1} and {args.steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
-    fsdp.save_sharded(folder / f"step-{args.steps}", model, optimizer)
-
     expected_model, expected_losses = fsdp.train_on_one_process(args.seed, args.steps, device)
     weights = {name: shards.full_tensor() for name, shards in model.state_dict().items()}
     check_equal(losses, expected_losses[first_step:], weights, expected_model.state_dict())
+    fsdp.save_sharded(folder / f"step-{args.steps}", model, optimizer)
     show("checkpoint saved to", folder / f"step-{args.steps}")
 
 

@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
 from real_world.digits.model import build_model
-from real_world.distributed.process_group import mean_over_ranks, scale_loss_by_shard, shard_slice
+from real_world.distributed.process_group import (
+    mean_over_ranks,
+    run_on_rank_0,
+    scale_loss_by_shard,
+    shard_slice,
+)
 
 
 def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, torch.optim.Adam]:
@@ -72,8 +77,7 @@ def train_ddp(
         until_save = min(save_every, epochs - len(losses))
         shard_losses = lesson.train(ddp_model, batches, criterion, optimizer, until_save)
         losses += mean_over_ranks(shard_losses, X.device)  # NEW
-        if rank == 0:  # NEW
-            lesson.save_checkpoint(path, model, optimizer, losses)
+        run_on_rank_0(lesson.save_checkpoint, path, model, optimizer, losses)  # NEW
 
 
 def train_on_one_process(

@@ -6,7 +6,9 @@ averaged gradients of its own rows only, so gradients and optimizer state are sh
 et al., "PyTorch FSDP", 2023). `# NEW` marks what differs from training with one process.
 """
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +19,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lesson_code as lesson
-from real_world.distributed.process_group import mean_over_ranks, scale_loss_by_shard, shard_slice
+from real_world.distributed.process_group import (
+    mean_over_ranks,
+    run_on_rank_0,
+    scale_loss_by_shard,
+    shard_slice,
+)
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.data import RandomWindows, load_corpus, train_val_split
 from real_world.llama.model import Llama
@@ -83,19 +90,35 @@ def latest_step(folder: Path, before: int) -> int:
     """Return the step of the latest checkpoint before a step, or 0 if there is none."""
     saved = [0]
     for metadata in folder.glob("step-*/.metadata"):  # written last: the checkpoint is complete
-        saved.append(int(metadata.parent.name.removeprefix("step-")))
+        step = metadata.parent.name.removeprefix("step-")
+        if step.isdecimal():  # not the copy "step-2-backup"
+            saved.append(int(step))
     return max(step for step in saved if step < before)
+
+
+@contextlib.contextmanager
+def one_line_errors(action: str, path: Path) -> Iterator[None]:
+    """Raise CheckpointError, with the first cause, if a rank fails to read or write its shards."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:  # has the tracebacks of all ranks
+        cause, _ = next(iter(error.failures.values()))
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise lesson.CheckpointError(f"cannot {action} {path} ({reason})") from None
 
 
 def save_sharded(path: Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """Save a checkpoint: every process writes its shards to a file of its own."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    run_on_rank_0((path / ".metadata").unlink, True)  # incomplete until all is written
+    with one_line_errors("save", path):
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
 
 
 def load_sharded(path: Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint in place. Another number of processes may have saved it (resharding)."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     # Each process reads the parts of the files that its own shards consist of.
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    with one_line_errors("load", path):
+        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)

@@ -44,7 +44,7 @@ def init_process_group(device: torch.device, timeout: int) -> None:
         threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
-    except (ValueError, dist.DistError) as error:
+    except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         rank = os.environ.get("RANK", "?")
         raise CheckFailed(f"rank {rank} could not join the others: {reason}") from None
@@ -66,6 +66,19 @@ def check_same_on_all_ranks(**values: object) -> None:
             if value != gathered[0][name]:
                 message = f"{name} is {value} on rank {rank}, but {gathered[0][name]} on rank 0"
                 raise CheckFailed(message)
+
+
+def run_on_rank_0(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function that writes a file, on rank 0; if it fails, all raise CheckpointError."""
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            function(*arguments)
+        except (OSError, lesson.CheckpointError) as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise lesson.CheckpointError(message[0])
 
 
 def shard_slice(batch_size: int, rank: int, world_size: int) -> slice:

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import children, finish, free_port, is_running, start, wait_until
 from torch import nn
@@ -196,10 +197,64 @@ def test_fsdp_equals_one_process_on_any_number_of_processes(tmp_path):
 def test_incomplete_checkpoint_is_not_loaded(tmp_path):
     for step in (3, 5, 8):
         (tmp_path / f"step-{step}").mkdir()
-    for step in (3, 8):
-        (tmp_path / f"step-{step}" / ".metadata").touch()
+    (tmp_path / "step-5 (copy)").mkdir()
+    for name in ("step-3", "step-8", "step-5 (copy)"):
+        (tmp_path / name / ".metadata").touch()
     assert fsdp.latest_step(tmp_path, before=8) == 3
     assert fsdp.latest_step(tmp_path, before=3) == 0
+
+
+def test_failed_save_is_incomplete_and_damaged_shards_get_one_line(tmp_path):
+    """A folder in the place of a file stands in for a full disk."""
+    options = ["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps"]
+    distributed.main([*options, "2"])
+    folder = tmp_path / "fsdp-seed0" / "step-2"
+    (shard,) = folder.glob("*.distcp")
+    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:1000]), shard.unlink):
+        damage()
+        with pytest.raises(lesson.CheckpointError, match=r"step-2 \(.*\)$") as error:
+            distributed.main([*options, "3"])
+        assert "\n" not in str(error.value)
+        dist.destroy_process_group()
+    shard.mkdir()
+    with pytest.raises(lesson.CheckpointError, match="step-2"):
+        distributed.main([*options, "2"])
+    dist.destroy_process_group()
+    assert fsdp.latest_step(folder.parent, before=3) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp", "--steps", 2]])
+def test_weights_that_fail_the_check_are_not_kept(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "TOLERANCE", -1)
+    with pytest.raises(CheckFailed, match="losses, against one process"):
+        distributed.main(
+            ["--device", "cpu", "--epochs", "2", "--output", str(tmp_path), *map(str, options)]
+        )
+    dist.destroy_process_group()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp", "--steps", 2]])
+def test_full_disk_is_one_line_on_every_rank(options, tmp_path):
+    """A limit on the size of files, of 8 KiB, stands in for the disk."""
+    launch = [*TORCHRUN, "--standalone", "--nproc-per-node", 2, *EXAMPLE, "--output", tmp_path]
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *launch, *options]
+    with start(*limited) as agent:
+        status, output = finish(agent)
+    assert status == 1
+    assert len(re.findall(r"^error: (.*File too large|cannot save )", output, re.MULTILINE)) == 2, (
+        output
+    )
+    assert output.count("Traceback") == 1, "torchrun's own"
+
+
+def test_wrong_network_interface_is_one_line(tmp_path, monkeypatch):
+    rendezvous = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    rendezvous |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "no-such-interface"}
+    with start(sys.executable, *EXAMPLE, "--output", tmp_path, **rendezvous) as process:
+        status, output = finish(process)
+    assert (status, "Traceback" in output) == (1, False)
+    assert "error: rank 0 could not join the others: " in output
 
 
 # Scaling
