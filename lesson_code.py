@@ -259,7 +259,7 @@ def build_and_train(device: torch.device, epochs: int = 100, seed: int = 0):
     model = SimpleClassifier().to(device)
     X, y = make_synthetic_data(seed=seed, device=device)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)  # adapts lr for each parameter
     losses = train(model, [(X, y)], criterion, optimizer, epochs)
     for epoch in [*range(10, epochs, 10), epochs]:
         print(f"epoch {epoch:>4}  loss {losses[epoch - 1]:.4f}")
@@ -368,7 +368,7 @@ def load_checkpoint(
 
 @torch.no_grad()
 def predict(model: nn.Module, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return classes, (batch,) int64, and probabilities, (batch, num_classes), in eval mode."""
+    """Return classes, (batch,) int64, and probabilities, (batch, num_classes); sets eval mode."""
     model.eval()
     probabilities = model(X).softmax(dim=-1)
     return probabilities.argmax(dim=-1), probabilities
