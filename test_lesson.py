@@ -58,7 +58,7 @@ def test_tensor_operations(capsys):
         f"moved @ moved.T is on {DEVICE}",
         'a.to("cuda") @ a.T: ',
     ):
-        assert lines in printed
+        assert lines in printed, printed
 
 
 def test_matmul_is_the_core_of_a_linear_layer():
@@ -96,7 +96,7 @@ def test_autograd_walkthrough(capsys):
         "x = 5.0: PowBackward0 DivBackward0 DivBackward0 DivBackward0 AccumulateGrad\n",
         "x = 0.5: PowBackward0 AccumulateGrad\ngraph for x = -3.0: SinBackward0 DivBackward0 ",
     ):
-        assert lines in printed
+        assert lines in printed, printed
     rows = re.findall(r"\n +(\d+)(?: +-?\d+\.\d{4}){6}", printed)
     assert rows == ["0", "1", "2", "3", "4", "5", "10", "19"]
 
@@ -213,7 +213,7 @@ def test_build_and_train(capsys):
         "eval mode: tensor([1., 1., 1., 1.]) tensor([1., 1., 1., 1.])\nfloat64 features: mat1 and",
         "int64, up to 3: Target 3 is out of bounds.\nsoftmax twice: tensor(0.5514)\n",
     ):
-        assert lines in printed
+        assert lines in printed, printed
     assert printed.count("\nepoch ") == 10
     first, second = re.findall(r"training mode: (.*\)) (.*)", printed)[0]
     assert first != second, "in training mode, dropout is random"
@@ -284,7 +284,7 @@ def test_lesson_runs(tmp_path, capsys):
         "same predictions: True\nnew samples: loss 0.11, accuracy 95%",
         f"saved {output / 'lesson.png'}\nsame losses: True\nwhole model: Weights only load failed",
     ):
-        assert f"\n{line}\n" in printed
+        assert f"\n{line}\n" in printed, printed
     assert printed.count(": class ") == 4
     assert (output / "lesson.png").stat().st_size > 10_000
     model, _, _ = lesson.load_checkpoint(output / "lesson.pt")
