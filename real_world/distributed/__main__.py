@@ -190,15 +190,13 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"argument --device: {error}")
     init_process_group(device, args.timeout)
+    if dist.get_rank() > 0:
+        sys.stdout = io.StringIO()  # only rank 0 prints
+    training = "Llama with FSDP2" if args.fsdp else "the digits with DDP"
+    processes = "1 process" if dist.get_world_size() == 1 else f"{dist.get_world_size()} processes"
+    print_heading(f"Distributed: {training}, on {processes}", QUOTE)
+    show("backend", f"{dist.get_backend()}, on {device}")
     try:
-        if dist.get_rank() > 0:
-            sys.stdout = io.StringIO()  # only rank 0 prints
-        training = "Llama with FSDP2" if args.fsdp else "the digits with DDP"
-        processes = (
-            "1 process" if dist.get_world_size() == 1 else f"{dist.get_world_size()} processes"
-        )
-        print_heading(f"Distributed: {training}, on {processes}", QUOTE)
-        show("backend", f"{dist.get_backend()}, on {device}")
         check_same_on_all_ranks(
             torch=torch.__version__,
             seed=args.seed,
@@ -207,13 +205,15 @@ def main(argv: list[str] | None = None) -> None:
             save_every=args.save_every,
             steps=args.steps,
         )
-        if args.fsdp:
-            run_fsdp(args, device)
-        else:
-            run_ddp(args, device)
-        dist.barrier()
-    finally:
+    except CheckFailed:
         dist.destroy_process_group()  # otherwise, its threads may abort the process at its exit
+        raise
+    if args.fsdp:
+        run_fsdp(args, device)
+    else:
+        run_ddp(args, device)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import children, finish, free_port, is_running, start, wait_until
 from torch import nn
@@ -214,9 +215,11 @@ def test_failed_save_is_incomplete_and_damaged_shards_get_one_line(tmp_path):
         with pytest.raises(lesson.CheckpointError, match=r"step-2 \(.*\)$") as error:
             distributed.main([*options, "3"])
         assert "\n" not in str(error.value)
+        dist.destroy_process_group()
     shard.mkdir()
     with pytest.raises(lesson.CheckpointError, match="step-2"):
         distributed.main([*options, "2"])
+    dist.destroy_process_group()
     assert fsdp.latest_step(folder.parent, before=3) == 0
 
 
@@ -227,6 +230,7 @@ def test_weights_that_fail_the_check_are_not_kept(options, tmp_path, monkeypatch
         distributed.main(
             ["--device", "cpu", "--epochs", "2", "--output", str(tmp_path), *map(str, options)]
         )
+    dist.destroy_process_group()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
