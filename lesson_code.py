@@ -10,7 +10,6 @@ import argparse
 import io
 import math
 import os
-import signal
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +31,7 @@ def select_device(name: str = "auto") -> torch.device:
     """Return a device; `auto` is cuda or cpu. Raises ValueError if it is not available."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
-        available.append("mps")  # an Apple GPU
+        available += ["mps", "mps:0"]  # an Apple GPU
     if torch.cuda.is_available():
         available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name == "auto":
@@ -320,7 +319,7 @@ def save_checkpoint(
 ) -> None:
     """Save model, torch.optim.Adam and losses. If this fails, an existing file is unchanged.
 
-    Raises OSError, and CheckpointError for what would not come back as it was.
+    Raises OSError; and CheckpointError for other layers, parameters or optimizers. Hooks are lost.
     """
     layers = [type(module) for module in model.modules()]
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
@@ -362,7 +361,7 @@ def load_checkpoint(
         optimizer.load_state_dict(content["optimizer_state_dict"])
         return model, optimizer, content["losses"]
     except Exception as error:  # a damaged file can raise any exception
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).partition(". ")[0]
         raise CheckpointError(f"cannot load {path} ({reason})") from error
 
 
@@ -459,12 +458,13 @@ def main(argv: list[str] | None = None) -> None:
                 build_and_train(device, args.epochs, args.seed)
             else:
                 verify_test_and_demo(device, args.epochs, args.seed, args.output, args.plot)
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever reads the output has ended, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard what is still buffered
     except (CheckpointError, OSError) as error:
         parser.exit(1, f"lesson_code.py: {error}\n")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the tensors are small, and threads wait for each other
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if `| head` ends
     main()

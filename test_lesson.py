@@ -34,7 +34,7 @@ def test_select_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # a Mac
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lesson.select_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"'cuda' is not available .*auto, cpu, mps\)"):
+    with pytest.raises(ValueError, match=r"'cuda' is not available .*auto, cpu, mps, mps:0\)"):
         lesson.select_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)  # two NVIDIA GPUs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

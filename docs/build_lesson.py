@@ -32,7 +32,7 @@ Colab has all that it needs. The commands are for a terminal, in the folder of t
 ARGUMENTS = """\
 # Options of the sections below: change them, and run the sections again.
 device = select_device()
-epochs = 100
+epochs = 100  # at least 1
 seed = 0
 output = Path("checkpoints")"""
 

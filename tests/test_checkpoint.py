@@ -66,6 +66,10 @@ def test_what_would_come_back_changed_is_not_saved(saved):
             setattr(model, name, layer)
         return model
 
+    buffered = lesson.SimpleClassifier()
+    buffered.register_buffer("mean", torch.ones(3))
+    extra = lesson.SimpleClassifier()
+    extra.scale = nn.Parameter(torch.ones(3))
     frozen, partly_optimized, permuted = (lesson.SimpleClassifier() for _ in range(3))
     frozen.fc1.requires_grad_(False)
     cases = [
@@ -74,6 +78,8 @@ def test_what_would_come_back_changed_is_not_saved(saved):
         (changed(relu=nn.Tanh()), None),
         (changed(dropout=nn.Dropout()), None),
         (changed(fc2=nn.Linear(16, 3, bias=False)), None),
+        (buffered, None),
+        (extra, None),
         (frozen, None),
         (frozen, torch.optim.Adam(frozen.fc2.parameters())),
         (partly_optimized, torch.optim.Adam(partly_optimized.fc2.parameters())),
@@ -99,7 +105,17 @@ def test_other_dtypes_and_settings_come_back(tmp_path):
     lesson.save_checkpoint(tmp_path / "lesson.pt", model, optimizer, [])
     loaded, loaded_optimizer, _ = lesson.load_checkpoint(tmp_path / "lesson.pt")
     assert repr(loaded.state_dict()) == repr(model.state_dict())
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert repr(loaded_optimizer.state_dict()) == repr(optimizer.state_dict())
+
+
+def test_refused_save_says_why(saved):
+    path, _, _, losses = saved
+    model = lesson.SimpleClassifier()
+    model.register_buffer("mean", torch.ones(3))
+    message = r'Unexpected key\(s\) in state_dict: "mean"'
+    with pytest.raises(lesson.CheckpointError, match=message):
+        lesson.save_checkpoint(path, model, torch.optim.Adam(model.parameters()), losses)
 
 
 def test_truncated_anywhere(saved):

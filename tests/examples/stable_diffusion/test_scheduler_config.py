@@ -118,7 +118,7 @@ def test_schedule_and_samples_are_those_of_diffusers(name, eta, num_inference_st
         assert sample.isfinite().all()
         # With eta 1, nothing is left of the predicted noise after the first step from pure noise:
         # 1 - alphas_cumprod[prev_timestep] - sigma_t**2 is 0. On some processors it rounds below 0,
-        # of which diffusers takes the square root: its step is NaN there.
+        # and diffusers takes its square root: its step is NaN there.
         if eta == 1 and ours.alphas_cumprod[timestep] == 0 and expected.isnan().all():
             continue
         torch.testing.assert_close(sample, expected)
