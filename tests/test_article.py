@@ -79,7 +79,7 @@ def test_comments_say_what_is_printed(tmp_path, monkeypatch):
     """`print(...)  # what it prints — why`, without labels, and with `...` for what is left out."""
     printed = defaultdict(list)  # by line number
 
-    def record(*values: object, sep: str = " ") -> None:
+    def record(*values: object, sep: str = " ", **options: object) -> None:
         printed[sys._getframe(1).f_lineno].append(sep.join(map(str, values)))
 
     monkeypatch.setattr(lesson, "print", record, raising=False)
