@@ -106,11 +106,12 @@ def convert(cell: NotebookNode) -> Iterator[NotebookNode]:
     comments, _, function = section.rpartition("def ")  # Section 2 has comments only before it
     for part in [*definitions, comments]:
         yield from prose_and_code(part)
-    if "select_device" in code and "1" in cell.metadata.title:
+    if cell.metadata.title.startswith("Section 1"):
         yield new_code_cell(ARGUMENTS)
     body = textwrap.dedent(function.partition(":\n")[2])
-    always = re.sub(r"^if plot:\n((    .*\n)+)", lambda m: textwrap.dedent(m[1]), body, flags=re.M)
-    for part in split(always):
+    # A notebook always plots.
+    body = re.sub(r"^if plot:\n((    .*\n)+)", lambda m: textwrap.dedent(m[1]), body, flags=re.M)
+    for part in split(body):
         yield from prose_and_code(part)
 
 
