@@ -70,13 +70,19 @@ class Predict:
         await response(scope, receive, send)
 
     async def read_body(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the body. Raises HTTPException if it is too large, ClientDisconnect if it ends.
+        """Return the body.
 
-        A body that is too large is read to its end, as most clients read no response before.
+        A body that is too large is read to its end, as most clients read the response only after
+        sending the body; unless they wait for `100 Continue` before they send it.
+
+        Raises:
+            HTTPException: It is too large, or compressed.
+            ClientDisconnect: It ends early.
         """
-        length = int(dict(scope["headers"]).get(b"content-length", -1))
+        headers = dict(scope["headers"])
+        length = int(headers.get(b"content-length", -1))
         body = b""
-        size = 0
+        size = length if b"expect" in headers and length > self.max_bytes else 0
         more = True
         while more and size != length:  # each receive() costs a switch to the server's thread
             message = await receive()
@@ -88,6 +94,8 @@ class Predict:
             more = message["more_body"]
         if size > self.max_bytes:
             raise HTTPException(413, f"the body is larger than {self.max_bytes:,} bytes")
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise HTTPException(415, "the body must not be compressed")
         return body
 
 
@@ -120,6 +128,7 @@ def create_app(
         exception_handlers={HTTPException: on_http_error},
         lifespan=lifespan,
     )
+    starlette.router.redirect_slashes = False  # it would redirect to whatever host a request names
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # Starlette's layers would add a third to the time of the busiest route.

@@ -1,6 +1,8 @@
 """Dynamic batching: requests that wait at the same time share one forward pass."""
 
 import asyncio
+import logging
+import signal
 from collections import deque
 from collections.abc import Callable
 
@@ -9,6 +11,8 @@ from starlette.exceptions import HTTPException
 
 from real_world.serve.codec import MAX_BATCH_ROWS
 from real_world.serve.metrics import batch_requests, batch_rows
+
+MAX_FAILURES = 10  # batches in a row; after some CUDA errors, nothing runs in a process any more
 
 
 class Batcher:
@@ -20,6 +24,7 @@ class Batcher:
         self.queue: deque[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = deque()
         self.queued_rows = 0
         self.timer: asyncio.Handle | None = None  # of the next call of run()
+        self.failures = 0  # batches in a row
 
     def submit(self, features: np.ndarray) -> asyncio.Future[np.ndarray]:
         """Return a future of the probabilities of `features`, (rows, classes) float32."""
@@ -57,7 +62,12 @@ class Batcher:
             for _, future in batch:
                 if not future.done():
                     future.set_exception(HTTPException(500, "the model failed"))
+            self.failures += 1
+            if self.failures == MAX_FAILURES:
+                logging.error("%d batches in a row failed: this worker ends", self.failures)
+                signal.raise_signal(signal.SIGTERM)  # the supervisor replaces it
             raise  # the event loop logs the traceback, once
+        self.failures = 0
         start = 0
         for rows, future in batch:
             if not future.done():  # cancelled

@@ -81,6 +81,7 @@ def openapi_schema(in_features: int) -> dict[str, Any]:
             "400": response("Not JSON", error),
             "408": response("The body did not arrive in time", error),
             "413": response("Body too large", error),
+            "415": response("Compressed body", error),
             "422": response("JSON, but not features of this model", error),
             "500": response("A failure of the model, or a bug", error),
         },
