@@ -71,6 +71,7 @@ def make_parser(example: str, description: str) -> argparse.ArgumentParser:
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run an example's main(), then exit; a user's mistake gets one line, a bug its traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None if it is closed, by `>&-`)
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     try:
         main()

@@ -9,80 +9,63 @@
 Granian (Rust) manages the processes, sockets and HTTP. Each of its workers runs the application.
 """
 
+# ruff: noqa: E402
+import signal
+import sys
+
+# Before slow imports: for PID 1 of a container, Linux drops a SIGTERM that has no handler.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+
 import argparse
 import functools
 import ipaddress
 import multiprocessing
-import os
 import pickle
-import resource
-import signal
-import socket
 import threading
 from pathlib import Path
 from types import FrameType
 
+import joblib  # its cpu_count() knows a container's CPU quota
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
-from prometheus_client import CollectorRegistry, start_http_server
 
 import lesson_code as lesson
 from real_world import common
 from real_world.common import OUTPUT, CheckFailed, bounded_int, show
 from real_world.serve.load import load_app
+from real_world.serve.metrics import serve_metrics
 from real_world.serve.monitor import Monitor, announce
+from real_world.serve.sockets import limit_connections, remove_abandoned, reserve_port
 
 DEFAULT_CHECKPOINT = OUTPUT / "lesson.pt"
-
-
-def cpu_count() -> int:
-    """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def reserve_port(host: str, port: int) -> socket.socket:
-    """Bind a port (a free one if it is 0), so that only this service's workers can share it.
-
-    Raises OSError if it is in use. Keep the socket, which does not listen, until the service ends.
-    """
-    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        reserved.bind((host, port))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, f"{host} port {port}") from None
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    return reserved
+ACCESS_LOG = (
+    '[%(time)s] %(addr)s "%(method)s %(path)s" %(status)d %(dt_ms).1f ms %(header{x-request-id})s'
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "The lesson's model behind HTTP."
     parser = argparse.ArgumentParser("python -m real_world.serve", description=about)
     add = parser.add_argument
-    add(
-        "--device",
-        type=common.device,
-        default="auto",
-        help="auto, cpu, cuda, cuda:N (default: auto)",
-    )
+    add("--device", type=common.device, default="auto", help="auto (default), cpu, cuda or cuda:N")
     port = bounded_int(0, 65535)
     ip = ipaddress.ip_address
     text = "default: the lesson's"
     add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT, help=text)
     add("--host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0: any free port")
+    add("--uds", metavar="FILE", type=Path, help="a Unix domain socket instead of a port")
+    add("--metrics-host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--metrics-port", metavar="N", type=port, default=8002, help="default: 8002; 0: any")
-    add("--workers", metavar="N", type=bounded_int(1, 1000), help="default: CPU cores")
+    text = "default: CPU cores, or a container's quota of them"
+    add("--workers", metavar="N", type=bounded_int(1, 1000), default=joblib.cpu_count(), help=text)
     backends = ["eager", "torchscript", "compile"]
     add("--backend", choices=backends, default="eager", help="how the model runs (default: eager)")
-    timeout = "how long a batch waits for more requests (default: 0)"
-    add("--batch-timeout-ms", metavar="N", type=bounded_int(0, 2000), default=0, help=timeout)
-    parser.set_defaults(workers=cpu_count())
+    text = "how long a batch waits for more requests (default: 0)"
+    add("--batch-timeout-ms", metavar="N", type=bounded_int(0, 2000), default=0, help=text)
+    add("--access-log", action="store_true", help="print a line per request")
     args = parser.parse_args(argv)
     common.print_heading(
         "Serve: the lesson's model behind HTTP",
@@ -93,32 +76,34 @@ def main(argv: list[str] | None = None) -> None:
     model = common.load_lesson_model(args.checkpoint).requires_grad_(False)
     show("model", f"{args.checkpoint}, {args.backend}, on {args.device}")
 
-    host = str(args.host)
-    url = f"http://[{host}]" if ":" in host else f"http://{host}"
-    reserved_port = reserve_port(host, args.port)
-    reserve_port(host, args.metrics_port).close()
-    address, bound_port, *_ = reserved_port.getsockname()
-    monitor = Monitor(args.workers, f"{url}:{bound_port}")
-    registry = CollectorRegistry()
-    registry.register(monitor.totals)
-    metrics_server, _ = start_http_server(args.metrics_port, host, registry)
-    show("metrics", f"GET /metrics on port {metrics_server.server_port}")
-
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # one per connection
+    metrics_socket = reserve_port(str(args.metrics_host), args.metrics_port)
+    show("metrics", f"GET /metrics on port {metrics_socket.getsockname()[1]}")
+    if args.uds:
+        remove_abandoned(args.uds)
+        url = f"unix:{args.uds}"
+        address = {"uds": args.uds}
+    else:
+        reserved_port = reserve_port(str(args.host), args.port)
+        host, bound_port, *_ = reserved_port.getsockname()
+        url = f"http://[{host}]:{bound_port}" if ":" in host else f"http://{host}:{bound_port}"
+        address = {"address": host, "port": bound_port}
+    connections = limit_connections()
+    monitor = Monitor(args.workers, url)
+    serve_metrics(metrics_socket, monitor.totals)
     multiprocessing.set_start_method("spawn")  # a fork could not use CUDA
     server = Granian(
         "serve",
-        address=address,
-        port=bound_port,
+        **address,
         interface=Interfaces.ASGI,
         http=HTTPModes.http1,
         websockets=False,
         workers=args.workers,
         backlog=4096,  # connections that wait to be accepted
-        backpressure=10_000,  # connections per worker
+        backpressure=connections,  # per worker
         http1_settings=HTTP1Settings(header_read_timeout=30_000, max_buffer_size=2**16),
         log_level=LogLevels.warning,
+        log_access=args.access_log,
+        log_access_format=ACCESS_LOG,
         respawn_failed_workers=True,
         workers_kill_timeout=5,  # seconds
     )

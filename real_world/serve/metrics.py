@@ -4,27 +4,31 @@ import asyncio
 import os
 import pickle
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 
 import prometheus_client
 from prometheus_client.core import Metric
 
-prometheus_client.disable_created_metrics()  # no times of creation, which have no sum
+prometheus_client.disable_created_metrics()  # timestamps cannot be summed
 registry = prometheus_client.CollectorRegistry()
 errors = prometheus_client.Counter("http_errors", "By status", ["status"], registry=registry)
-SIZES = [2**n for n in range(11)]
+for status in (400, 404, 405, 408, 413, 415, 422, 500):
+    errors.labels(status)  # 0 from the start: increase() does not count a first value
+BUCKETS = [2**n for n in range(11)]
 request_latency = prometheus_client.Histogram(
     "request_latency_seconds",
     "Of successful requests",
-    buckets=[size / 10_000 for size in SIZES],
+    buckets=[2**n / 10_000 for n in range(20)],  # 0.1 ms to 52 s: a body may take 30 s
     registry=registry,
 )
 batch_requests = prometheus_client.Histogram(
-    "batch_requests", "Requests per batch", buckets=SIZES, registry=registry
+    "batch_requests", "Requests per batch", buckets=BUCKETS, registry=registry
 )
 batch_rows = prometheus_client.Histogram(
-    "batch_rows", "Rows per batch", buckets=SIZES, registry=registry
+    "batch_rows", "Rows per batch", buckets=BUCKETS, registry=registry
 )
 
 
@@ -57,3 +61,27 @@ class Totals:
             for (name, labels), value in totals.items():
                 total.add_sample(name, dict(labels), value)
             yield total
+
+
+class MetricsHandler(prometheus_client.MetricsHandler):
+    """Answers GET /metrics."""
+
+    timeout = 10  # seconds; a thread waits for each connection
+    registry = prometheus_client.CollectorRegistry()
+
+    def do_GET(self) -> None:  # noqa: N802
+        """Answer a request."""
+        if self.path.partition("?")[0] == "/metrics":
+            super().do_GET()
+        else:
+            self.send_error(404)
+
+
+def serve_metrics(bound: socket.socket, totals: Totals) -> None:
+    """Answer Prometheus on a bound socket, in threads."""
+    MetricsHandler.registry.register(totals)
+    server = ThreadingHTTPServer(("", 0), MetricsHandler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = bound
+    server.server_activate()
+    threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -38,11 +38,12 @@ class Server:
         assert self.process.stdout is not None
         self.stdout = self.process.stdout
         self.watchdog = threading.Timer(300, self.kill)
+        self.watchdog.daemon = True
         self.watchdog.start()
         self.output = ""
         self.metrics_port = int(self.read_until(r"GET /metrics on port (\d+)")[1])
         self.workers = [int(pid) for pid in self.read_until(r"processes +(.*)")[1].split(", ")]
-        self.port = int(self.read_until(r"http://127\.0\.0\.1:(\d+)")[1])
+        self.port = int(self.read_until(r"listening on .*?(\d*) \(")[1] or 0)
 
     def read_until(self, pattern: str) -> re.Match:
         for line in self.stdout:
@@ -56,10 +57,10 @@ class Server:
         connection.sendall(data)
         return connection
 
-    def request(self, method: str, path: str, body=None, port: int = 0) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body=None, port=0, **headers) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=60)
         with contextlib.closing(connection):
-            connection.request(method, path, body)
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response.status, response.read()
 
@@ -69,7 +70,9 @@ class Server:
 
     def metric(self, name: str) -> float:
         text = self.request("GET", "/metrics", port=self.metrics_port)[1].decode()
-        return sum(float(v) for v in re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE))
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        assert found, f"no {name} in {text}"
+        return float(found[1])
 
     def memory(self) -> int:
         """Return the resident memory of all workers, in bytes."""

@@ -1,6 +1,7 @@
 """The service as its clients meet it: predictions, and errors."""
 
 import asyncio
+import gzip
 import json
 import signal
 import subprocess
@@ -50,7 +51,9 @@ def test_waiting_requests_share_a_batch_and_invalid_ones_do_not(checkpoint, mode
         wait_until(lambda: running.metric("batch_requests_sum") == 12)
         assert running.metric("batch_requests_count") <= 3
         assert running.metric("batch_rows_sum") == 36
-        assert running.metric("request_latency_seconds_count") == 12
+        for seconds, requests in (("0.8192", 0), ("52.4288", 12)):
+            name = f'request_latency_seconds_bucket{{le="{seconds}"}}'
+            assert running.metric(name) == requests, "requests that waited a second"
         assert running.metric('http_errors_total{status="422"}') == 4
         assert running.stop(signal.SIGHUP)[0] == 0
 
@@ -127,9 +130,10 @@ INVALID = {
     [
         *(("POST", "/predict", *case) for case in INVALID.values()),
         ("GET", "/" + 5000 * "x", None, 404),
+        ("POST", "/predict/", b"", 404),
         ("GET", "/predict", None, 405),
     ],
-    ids=[*INVALID, "unknown path", "wrong method"],
+    ids=[*INVALID, "unknown path", "slash at the end", "wrong method"],
 )
 def test_error_is_short_and_counted(server, method, path, body, expected):
     metric = f'http_errors_total{{status="{expected}"}}'
@@ -139,6 +143,19 @@ def test_error_is_short_and_counted(server, method, path, body, expected):
     assert json.loads(content).keys() == {"error"}
     assert len(content) < 400
     wait_until(lambda: server.metric(metric) == count + 1)
+
+
+def test_compressed_body_is_refused(server):
+    body = gzip.compress(json.dumps({"features": [ROW]}).encode())
+    status, content = server.request("POST", "/predict", body, **{"Content-Encoding": "gzip"})
+    assert (status, content) == (415, b'{"error":"the body must not be compressed"}')
+
+
+def test_client_that_waits_for_100_continue(server):
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: "
+    for length, response in ((100, b"HTTP/1.1 100 "), (10**12, b"HTTP/1.1 413 ")):
+        with server.connect(head + b"%d\r\n\r\n" % length) as connection:
+            assert connection.recv(13) == response
 
 
 def test_openapi_description_is_valid_and_true(server, tmp_path):
@@ -154,11 +171,13 @@ def test_openapi_description_is_valid_and_true(server, tmp_path):
     assert "No issues found" in done.stdout, done.stdout
 
 
-def test_largest_request_of_a_wide_model(tmp_path):
+def test_largest_request_of_a_wide_model_in_a_container(tmp_path):
     wide = lesson.SimpleClassifier(64, 16, 3)
     lesson.save_checkpoint(tmp_path / "wide.pt", wide, torch.optim.Adam(wide.parameters()), [])
     options = ("--checkpoint", tmp_path / "wide.pt")
-    with Server(*options, prefix=("taskset", "-c", "0")) as running:
-        assert len(running.workers) == 1
+    script = "mount -t tmpfs none /sys/fs/cgroup; echo 50000 100000 > /sys/fs/cgroup/cpu.max"
+    quota = ("unshare", "--map-root-user", "--mount", "sh", "-c", f'{script}; exec "$0" "$@"')
+    with Server(*options, prefix=quota) as running:
+        assert len(running.workers) == 1, "as a container's quota of half a core allows"
         features = (1e-5 * torch.randn(1024, 64, dtype=torch.float64)).tolist()
         assert_correct(wide, features, running.predict(features))

@@ -5,15 +5,20 @@ import json
 import os
 import pty
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from processes import ROOT, is_running, wait_until
+import torch
+from processes import ROOT, children, is_running, start, wait_until
 from serve_run import COMMAND, POST, ROW, Server, assert_correct, random_rows
+
+import lesson_code as lesson
 
 # Clients that behave badly
 
@@ -23,6 +28,10 @@ def test_slow_clients_are_closed_and_others_are_served(server, model):
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     memory = server.memory()
     with contextlib.ExitStack() as stack:
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.metrics_port)))
+            for _ in range(200)
+        ]
         slow = [stack.enter_context(server.connect()) for _ in range(3000)]
         slow.append(stack.enter_context(server.connect(POST)))
         slow.append(stack.enter_context(server.connect(POST + b"\r\n{")))
@@ -35,6 +44,7 @@ def test_slow_clients_are_closed_and_others_are_served(server, model):
         responses = [connection.recv(20) for connection in slow]
         assert set(responses[:-1]) <= {b"", b"HTTP/1.1 408 Request"}
         assert responses[-1] == b"HTTP/1.1 408 Request"
+        assert {connection.recv(1) for connection in idle} == {b""}, "closed, with their threads"
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
@@ -69,6 +79,31 @@ def test_lost_workers_are_replaced_without_any_file(checkpoint, model, tmp_path)
         assert_correct(model, [ROW], running.predict([ROW]))
         wait_until(lambda: running.metric("request_latency_seconds_count") == 21)
         assert running.stop()[0] == 0
+
+
+def test_worker_whose_model_always_fails_is_replaced(tmp_path):
+    wide = lesson.SimpleClassifier(4, 20_000, 3)  # 1,024 rows need 82 MB
+    lesson.save_checkpoint(tmp_path / "wide.pt", wide, torch.optim.Adam(wide.parameters()), [])
+    features = random_rows(1024, 0)
+    with Server("--workers", 1, "--checkpoint", tmp_path / "wide.pt") as running:
+        pid = running.workers[0]
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        resource.prlimit(pid, resource.RLIMIT_AS, (pages * 4096 + 2**24, pages * 4096 + 2**24))
+        assert [running.predict(features)[0] for _ in range(10)] == [500] * 10
+        assert running.read_until(r"worker died +(\d+)")[1] == str(pid)
+        wait_until(lambda: answers(running))
+        assert_correct(wide, features, running.predict(features))
+
+
+def test_sigterm_while_a_container_starts():
+    """Linux drops a SIGTERM for which PID 1 has no handler."""
+    container = ("unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child")
+    with start(*container, *COMMAND) as process:
+        wait_until(lambda: children(process))
+        (pid,) = children(process)
+        wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text())
+        os.kill(pid, signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_worker_that_cannot_start_ends_the_service_and_names_its_exit_status(checkpoint):
@@ -136,25 +171,51 @@ def test_closed_terminal_ends_the_service(checkpoint):
         os.waitpid(pid, 0)
 
 
+def test_unix_domain_socket_and_access_log(checkpoint, tmp_path):
+    options = ("--uds", tmp_path / "serve", "--workers", 1, "--checkpoint", checkpoint)
+    curl = ["curl", "--silent", "--unix-socket", tmp_path / "serve", "http://localhost/ready"]
+    with Server(*options) as killed:
+        killed.process.kill()
+        wait_until(lambda: not is_running(killed.workers[0]))
+    with Server(*options, "--access-log") as running:
+        done = subprocess.run([*curl, "--header", "X-Request-ID: 4711"], capture_output=True)
+        assert json.loads(done.stdout)["status"] == "ready"
+        assert running.read_until(r'"GET /ready" 200 [\d.]+ ms 4711$')
+        error = f"error: cannot listen on {tmp_path}/serve: Address already in use\n"
+        assert run_serve(*options) == (1, error)
+        assert running.stop()[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_open_files_limit_the_connections(checkpoint):
+    options = ("--workers", 1, "--checkpoint", checkpoint)
+    with Server(*options, prefix=("prlimit", "--nofile=128")) as running:
+        assert "connections per worker           28, because `ulimit -Hn` is 128" in running.output
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(running.connect())
+        assert running.predict([ROW])[0] == 200
+
+
 # The command line
 
 
-def run_serve(*options: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [*COMMAND, *map(str, options)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def run_serve(*options: object, shell: str = "") -> tuple[int, str]:
+    command = ["bash", "-c", f"{shlex.join([*COMMAND, *map(str, options)])} {shell}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
 
 
 def test_mistakes_get_one_line(server, checkpoint, tmp_path):
-    status, error = run_serve("--port", server.port, "--checkpoint", checkpoint)
-    assert (status, error.count("\n")) == (1, 1)
-    assert f"in use: '127.0.0.1 port {server.port}'" in error
+    options = ("--port", server.port, "--checkpoint", checkpoint)
+    in_use = (1, f"error: cannot listen on 127.0.0.1 port {server.port}: Address already in use\n")
+    assert run_serve(*options) == run_serve(*options, shell=">&-") == in_use
+    assert server.request("GET", "/", port=server.metrics_port)[0] == 404
     status, error = run_serve("--checkpoint", tmp_path / "lessson.pt")
     assert (status, error) == (1, f"error: there is no {tmp_path}/lessson.pt\n")
 
 
-@pytest.mark.parametrize("option", [["--host", ""], ["--workers", 0]])
+@pytest.mark.parametrize("option", [["--host", ""], ["--metrics-host", "x"], ["--workers", 0]])
 def test_wrong_option(option):
     status, error = run_serve(*option)
     assert status == 2
