@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,13 @@ def export_aotinductor(model: lesson.SimpleClassifier, path: Path) -> None:
 
 
 def load_aotinductor(path: Path, model: lesson.SimpleClassifier) -> Forward:
-    """Load the shared library of a package, as cpp/predict.cpp does without Python."""
+    """Load the shared library of a package, as cpp/predict.cpp does without Python.
+
+    Raises BadZipFile if the package is damaged: its code could crash Python.
+    """
+    with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{path}: the record {damaged} is damaged")
     with torch._inductor.config.patch(target_processor()):  # no warning of another processor
         return torch._inductor.aoti_load_package(str(path))
 

@@ -19,6 +19,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "checksums.h"
+
 using Package = torch::inductor::AOTIModelPackageLoader;
 
 // Throws if the processor lacks one of the instruction sets in `names`, such as "AVX512 AMX_TILE".
@@ -58,6 +60,7 @@ inline std::string load_problem(const std::exception& error, const std::filesyst
 // is in memory; until then, the signals that end a process are blocked: no file is left behind.
 inline std::unique_ptr<Package> load_package(const std::string& path) {
   if (!std::filesystem::is_regular_file(path)) throw std::runtime_error("no such file");
+  verify_checksums(path);
   sigset_t signals, old_signals;
   sigemptyset(&signals);
   for (const int signal : {SIGHUP, SIGINT, SIGTERM}) sigaddset(&signals, signal);

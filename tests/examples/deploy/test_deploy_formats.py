@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,13 @@ from torch._dynamo.utils import counters
 import lesson_code as lesson
 from real_world.common import CheckFailed
 from real_world.deploy.cpp import run_build
-from real_world.deploy.formats import FORMATS, ExportFormat, export_and_verify, first_error
+from real_world.deploy.formats import (
+    FORMATS,
+    ExportFormat,
+    export_and_verify,
+    first_error,
+    load_aotinductor,
+)
 from real_world.deploy.scratch import remove_abandoned, temporary_dir
 
 
@@ -55,6 +62,15 @@ def test_loaded_model_takes_any_batch_size(deployed, model, fmt):
     if fmt.name == "torch.compile":
         assert counters["inductor"]["fxgraph_cache_hit"] > 0
         assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_damaged_package_is_not_loaded(deployed, model, tmp_path):
+    content = bytearray((deployed[0] / "lesson.pt2").read_bytes())
+    content[1000] ^= 1  # in the first record, a C++ source: PyTorch would load the package
+    path = tmp_path / "damaged.pt2"
+    path.write_bytes(content)
+    with pytest.raises(zipfile.BadZipFile, match=rf"{path}: the record .+\.cpp is damaged"):
+        load_aotinductor(path, model)
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -218,6 +219,28 @@ def test_file_that_is_not_a_package_of_the_lesson(predict, tmp_path):
     done = run(predict[0], altered(predict[1], path, in_features="5"), input="1,2,3,4,5\n")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(rf"^predict: cannot use {path}: .+\n\Z", done.stderr, re.MULTILINE)
+
+
+def test_package_with_a_flipped_bit(predict, tmp_path):
+    content = predict[1].read_bytes()
+    with zipfile.ZipFile(predict[1]) as archive:
+        library = archive.read(next(n for n in archive.namelist() if n.endswith(".so")))
+    start = content.index(library)
+    end = start + len(library)
+    expected = run(*predict, input=SAMPLE).stdout
+    rng = random.Random(1)
+    in_library = rng.sample(range(start, end), 15)
+    elsewhere = rng.sample([*range(start), *range(end, len(content))], 15)
+    damaged = tmp_path / "damaged.pt2"
+    for position in in_library + elsewhere:
+        flipped = content[position] ^ 1 << rng.randrange(8)
+        damaged.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+        done = run(predict[0], damaged, input=SAMPLE)
+        if done.returncode == 0 and position in elsewhere:  # such as a timestamp
+            assert (done.stdout, done.stderr) == (expected, "")
+        else:
+            assert (done.returncode, done.stdout) == (2, "")
+            assert re.fullmatch(rf"predict: cannot use {damaged}: .+\n", done.stderr)
 
 
 def test_package_runs_on_processors_with_avx2(predict, tmp_path):
