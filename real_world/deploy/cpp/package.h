@@ -59,7 +59,10 @@ inline std::string load_problem(const std::exception& error, const std::filesyst
 // Loads a package, which the loader unpacks in $TMPDIR. The files are deleted as soon as the code
 // is in memory; until then, the signals that end a process are blocked: no file is left behind.
 inline std::unique_ptr<Package> load_package(const std::string& path) {
-  if (!std::filesystem::is_regular_file(path)) throw std::runtime_error("no such file");
+  const auto status = std::filesystem::status(path);
+  if (!exists(status)) throw std::runtime_error("no such file");
+  if (is_directory(status)) throw std::runtime_error("is a folder");
+  if (!is_regular_file(status)) throw std::runtime_error("not a regular file");
   verify_checksums(path);
   sigset_t signals, old_signals;
   sigemptyset(&signals);

@@ -221,6 +221,18 @@ def test_file_that_is_not_a_package_of_the_lesson(predict, tmp_path):
     assert re.search(rf"^predict: cannot use {path}: .+\n\Z", done.stderr, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("create", "message"),
+    [(None, "no such file"), (os.mkdir, "is a folder"), (os.mkfifo, "not a regular file")],
+)
+def test_path_that_is_not_a_file(predict, tmp_path, create, message):
+    path = tmp_path / "lesson.pt2"
+    if create:
+        create(path)
+    done = run(predict[0], path)
+    assert (done.returncode, done.stderr) == (2, f"predict: cannot use {path}: {message}\n")
+
+
 def test_package_with_a_flipped_bit(predict, tmp_path):
     content = predict[1].read_bytes()
     with zipfile.ZipFile(predict[1]) as archive:
