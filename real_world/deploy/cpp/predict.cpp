@@ -22,6 +22,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -128,7 +129,10 @@ class Predictor {
       const char* field_end = field.data() + field.size();
       double value;
       const auto [end, error] = std::from_chars(field.data(), field_end, value);
-      const bool valid = error == std::errc() && end == field_end;
+      if (error == std::errc::result_out_of_range) {
+        value = std::strtod(std::string(field).c_str(), nullptr);  // 0, a tiny number or infinity
+      }
+      const bool valid = error != std::errc::invalid_argument && end == field_end;
       if (!valid || !std::isfinite(static_cast<float>(value))) {
         if (field.find(';') != std::string_view::npos) return "has semicolons, use commas";
         const char* hint = line_number_ == 1 ? " (the file must have no header)" : "";

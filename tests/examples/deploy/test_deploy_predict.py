@@ -127,6 +127,7 @@ def test_memory_does_not_grow_with_the_input(predict):
         ("1,\x1b[31m,3,4", "has '?[31m', which is not a finite number"),
         ("1,nan,3,4", "has 'nan', which is not a finite number"),
         ("1,2,3,1e39", "has '1e39', which is not a finite number"),
+        ("1,2,3,-1e400", "has '-1e400', which is not a finite number"),
         ("1;2;3;4", "has semicolons, use commas"),
         ("3e38,3e38,3e38,3e38", "has values so large that the result is not finite"),
     ],
@@ -137,6 +138,12 @@ def test_invalid_line_gets_a_message_and_no_answer(predict, line, message):
     given = answers(done.stdout)
     assert list(given) == [1, 3]
     assert given[1] == given[3]
+
+
+def test_number_too_small_for_a_double_is_zero(predict):
+    expected = run(*predict, input="0,0,0,0\n")
+    done = run(*predict, input=f"1e-400,-1e-400,2e-324,0.{'0' * 400}1\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected.stdout, "")
 
 
 def test_byte_order_mark_windows_line_ends_and_header(predict):
