@@ -6,6 +6,7 @@ The files contain executable code: load only files that you trust.
 import contextlib
 import itertools
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -47,7 +48,16 @@ def load_torchscript(path: Path, model: lesson.SimpleClassifier) -> Forward:
 # %% torch.compile: its cache saves other processes the compilation
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
-    """Compile with an empty cache: the cache of earlier runs would hide the time that it takes."""
+    """Compile with an empty cache: the cache of earlier runs would hide the time that it takes.
+
+    Raises CannotExport if a path has a space: PyTorch does not quote the folders of libraries and
+    of its cache in the compiler's command.
+    """
+    for path in (sys.prefix, sys.base_prefix, tempfile.gettempdir()):
+        if " " in path:
+            raise CannotExport(
+                f"the compiler needs paths without spaces, rename a folder of {path}"
+            )
     with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
         torch.compiler.reset()
         yield

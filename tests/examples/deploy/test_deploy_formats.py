@@ -134,6 +134,19 @@ def test_disabled_compiler_cache_is_one_line(deployed, tmp_path):
     assert re.fullmatch(expected, done.stdout), done.stderr
 
 
+@pytest.mark.parametrize("place", ["sys.prefix", "sys.base_prefix", "tempfile.tempdir"])
+def test_path_with_a_space_is_one_line(model, tmp_path, monkeypatch, capsys, place):
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    monkeypatch.setattr(place, str(folder))
+    expected = (
+        f"not available: the compiler needs paths without spaces, rename a folder of {folder}\n"
+    )
+    for fmt in FORMATS[1:3]:
+        export_and_verify(fmt, model, torch.randn(1024, 4), tmp_path)
+        assert capsys.readouterr().out.endswith(expected)
+
+
 # %% Interrupted runs, and two at a time
 SCRATCH = """
 import pathlib, sys, tempfile, time
