@@ -102,7 +102,7 @@ def export_graph(
 def target_processor() -> dict[str, object]:
     """Return the compiler's options for x86-64 processors with AVX2, since about 2013.
 
-    By default, it compiles for the processor that it runs on.
+    By default, it compiles for the processor that it runs on. `cpp.march` is new in torch 2.13.
     """
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return {"cpp.march": "x86-64-v3", "cpp.simdlen": 256}
