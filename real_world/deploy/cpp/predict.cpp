@@ -44,8 +44,8 @@ std::string_view trim(std::string_view text) {
 }
 
 // The start of a text, without what is not printable, such as a terminal's escape sequences.
-std::string printable(std::string_view text) {
-  std::string result(text.substr(0, 40));
+std::string printable(std::string_view text, size_t max_size = 40) {
+  std::string result(text.substr(0, max_size));
   for (char& c : result) {
     if (!std::isprint(static_cast<unsigned char>(c))) c = '?';
   }
@@ -204,7 +204,8 @@ int main(int argc, char** argv) {
     Predictor predictor(argv[1]);
     return classify_input(predictor);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "predict: cannot use %s: %s\n", argv[1], first_line(error).c_str());
+    const std::string problem = printable(first_line(error), 1000);  // may quote a damaged name
+    std::fprintf(stderr, "predict: cannot use %s: %s\n", argv[1], problem.c_str());
     return 2;
   }
 }

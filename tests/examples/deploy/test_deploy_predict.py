@@ -262,6 +262,16 @@ def test_package_with_a_flipped_bit(predict, tmp_path):
             assert re.fullmatch(rf"predict: cannot use {damaged}: .+\n", done.stderr)
 
 
+def test_control_characters_in_a_damaged_package_are_not_printed(predict, tmp_path):
+    content = predict[1].read_bytes().replace(b"/byteorder", b"/byte\x1b[31\xb5")
+    start, end = content.rsplit(b"little", 1)  # what this record contains
+    damaged = tmp_path / "damaged.pt2"
+    damaged.write_bytes(start + b"liddle" + end)
+    message = f"cannot use {damaged}: its record byte?[31? is damaged"
+    done = run(predict[0], damaged)
+    assert (done.returncode, done.stderr) == (2, f"predict: {message}\n")
+
+
 def test_package_runs_on_processors_with_avx2(predict, tmp_path):
     with zipfile.ZipFile(predict[1]) as archive:
         names = archive.namelist()
