@@ -59,7 +59,7 @@ def test_from_training_to_an_answer(deployed):
     assert numbers(answer) == pytest.approx(numbers(blocks[0]), abs=1e-5)
 
     assert serve == "python -m real_world.serve"
-    options = ["--port", "0", "--checkpoint", folder / "lesson.pt"]
+    options = ["--port", "0", "--metrics-port", "0", "--checkpoint", folder / "lesson.pt"]
     command = [sys.executable, "-m", "real_world.serve", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
