@@ -59,14 +59,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--uds", metavar="FILE", type=Path, help="a Unix domain socket instead of a port")
     add("--metrics-host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--metrics-port", metavar="N", type=port, default=8002, help="default: 8002; 0: any")
-    text = "default: CPU cores, or a container's quota of them"
-    add("--workers", metavar="N", type=bounded_int(1, 1000), default=joblib.cpu_count(), help=text)
+    text = "default: CPU cores, or a container's quota of them; 1 on a GPU"
+    add("--workers", metavar="N", type=bounded_int(1, 1000), help=text)
     backends = ["eager", "torchscript", "compile"]
     add("--backend", choices=backends, default="eager", help="how the model runs (default: eager)")
     text = "how long a batch waits for more requests (default: 0)"
     add("--batch-timeout-ms", metavar="N", type=bounded_int(0, 2000), default=0, help=text)
     add("--access-log", action="store_true", help="print a line per request")
     args = parser.parse_args(argv)
+    workers = args.workers or (joblib.cpu_count() if args.device.type == "cpu" else 1)
     common.print_heading(
         "Serve: the lesson's model behind HTTP",
         "API Request -> Preprocessing -> Tensor Batch -> PyTorch Model (GPU) -> Logits -> ...",
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         url = f"http://[{host}]:{bound_port}" if ":" in host else f"http://{host}:{bound_port}"
         address = {"address": host, "port": bound_port}
     connections = limit_connections()
-    monitor = Monitor(args.workers, url)
+    monitor = Monitor(workers, url)
     serve_metrics(metrics_socket, monitor.totals)
     multiprocessing.set_start_method("spawn")  # a fork could not use CUDA
     server = Granian(
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         interface=Interfaces.ASGI,
         http=HTTPModes.http1,
         websockets=False,
-        workers=args.workers,
+        workers=workers,
         backlog=4096,  # connections that wait to be accepted
         backpressure=connections,  # per worker
         http1_settings=HTTP1Settings(header_read_timeout=30_000, max_buffer_size=2**16),

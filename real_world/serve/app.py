@@ -72,8 +72,8 @@ class Predict:
     async def read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body.
 
-        A body that is too large is read to its end, as most clients read the response only after
-        sending the body; unless they wait for `100 Continue` before they send it.
+        A body that is too large is read to its end: most clients read the response only after they
+        have sent the body. Those that expect `100 Continue` wait before they send it.
 
         Raises:
             HTTPException: It is too large, or compressed.
@@ -81,8 +81,11 @@ class Predict:
         """
         headers = dict(scope["headers"])
         length = int(headers.get(b"content-length", -1))
+        too_large = f"the body is larger than {self.max_bytes:,} bytes"
+        if length > self.max_bytes and b"expect" in headers:
+            raise HTTPException(413, too_large)
         body = b""
-        size = length if b"expect" in headers and length > self.max_bytes else 0
+        size = 0
         more = True
         while more and size != length:  # each receive() costs a switch to the server's thread
             message = await receive()
@@ -93,7 +96,7 @@ class Predict:
                 body += message["body"]
             more = message["more_body"]
         if size > self.max_bytes:
-            raise HTTPException(413, f"the body is larger than {self.max_bytes:,} bytes")
+            raise HTTPException(413, too_large)
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise HTTPException(415, "the body must not be compressed")
         return body

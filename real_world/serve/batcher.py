@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import signal
+import os
 from collections import deque
 from collections.abc import Callable
 
@@ -65,7 +65,8 @@ class Batcher:
             self.failures += 1
             if self.failures == MAX_FAILURES:
                 logging.error("%d batches in a row failed: this worker ends", self.failures)
-                signal.raise_signal(signal.SIGTERM)  # the supervisor replaces it
+                # After the responses to this batch. The supervisor replaces the worker.
+                asyncio.get_running_loop().call_later(0.5, os._exit, 1)
             raise  # the event loop logs the traceback, once
         self.failures = 0
         start = 0

@@ -12,7 +12,7 @@ OTHER_FILES = 100  # that a worker opens, or the supervisor for its workers
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
-    """Bind a port (a free one if it is 0), so that only this service's workers can share it.
+    """Bind a port (a free one if it is 0), so that no second service takes it.
 
     Raises CheckFailed if it is in use. Keep the socket, which does not listen, until the end.
     """

@@ -113,14 +113,18 @@ def test_worker_that_cannot_start_ends_the_service_and_names_its_exit_status(che
     assert str(ended.value).count("worker died") == 1
 
 
-def test_sigterm_answers_accepted_requests_and_does_not_wait_for_others(checkpoint):
+@pytest.mark.parametrize(
+    ("send", "signum"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGHUP)]
+)
+def test_accepted_requests_are_answered_and_others_not_waited_for(checkpoint, send, signum):
     options = ("--workers", 1, "--batch-timeout-ms", 2000, "--checkpoint", checkpoint)
     body = json.dumps({"features": [ROW]}).encode().ljust(99)
     with Server(*options) as running, contextlib.ExitStack() as stack:
         stack.enter_context(running.connect(POST + b"\r\n{"))
         accepted = [stack.enter_context(running.connect(POST + b"\r\n" + body)) for _ in range(20)]
         running.request("GET", "/ready")  # came later, and has its response
-        assert running.stop()[0] == 0
+        send(running.process.pid, signum)  # SIGHUP: of a terminal that is closed, to all processes
+        assert running.process.wait() == 0
         for connection in accepted:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
