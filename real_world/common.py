@@ -1,11 +1,17 @@
-"""What several examples share: options, output, progress, and how they end."""
+"""What several examples share: options, output, progress, losses.jsonl, and how they end."""
 
 import argparse
+import contextlib
+import dataclasses
 import errno
+import json
+import math
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +19,11 @@ from tqdm import tqdm
 
 import lesson_code as lesson
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+OnStep = Callable[[int, torch.Tensor], None]  # called by train() with a step and its loss
 OUTPUT = Path(lesson.__file__).parent / "checkpoints"
 
 
@@ -48,6 +59,17 @@ def bounded_int(minimum: int, maximum: int = 2**32 - 1) -> Callable[[str], int]:
     return parse
 
 
+def nonnegative_float(text: str) -> float:
+    """Argparse type: a finite number, at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 0 <= value < math.inf:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+
+
 def device(name: str) -> torch.device:
     """Argparse type: a device of this computer, by name."""
     try:
@@ -56,14 +78,32 @@ def device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def make_parser(example: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that examples share."""
+def make_parser(
+    example: str, description: str, *configs: "DataclassInstance"
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that examples share.
+
+    Each field of `configs`, which are dataclasses, becomes an option whose default is None: see
+    `with_options()`. Fields are float, or int from 1 or from the "minimum" in their metadata (to
+    the "maximum" there).
+    """
     parser = argparse.ArgumentParser(f"python -m real_world.{example}", description=description)
     add = parser.add_argument
     add(
         "--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)"
     )
-    add("--seed", metavar="N", type=bounded_int(0), default=0, help="random seed (default: 0)")
+    if not configs:
+        add("--seed", metavar="N", type=bounded_int(0), default=0, help="random seed (default: 0)")
+    else:
+        fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
+        for name, field in fields.items():
+            is_int = field.type in (int, int | None)
+            bounds = {"minimum": 1, **field.metadata}
+            kind = bounded_int(**bounds) if is_int else nonnegative_float
+            values = [getattr(config, name) for config in configs if hasattr(config, name)]
+            text = f"default: {' or '.join(dict.fromkeys(map(str, values)))}"
+            option = f"--{name}".replace("_", "-")
+            add(option, metavar="N" if is_int else "X", type=kind, help=text)
     add("--output", metavar="DIR", type=Path, default=OUTPUT, help="default: checkpoints/")
     add("--no-figure", action="store_true", help="do not plot a figure")
     return parser
@@ -86,7 +126,89 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def train_progress(title: str, steps: int) -> Callable[[int, torch.Tensor], None]:
+def with_options(config: Config, args: argparse.Namespace) -> Config:
+    """Return a config with the fields that have been given on the command line."""
+    values = {name: getattr(args, name) for name in dataclasses.asdict(config)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(config, **given)
+
+
+def show_config(config: Config) -> None:
+    """Print the fields of a config."""
+    for name, value in dataclasses.asdict(config).items():
+        show(name, value)
+
+
+def save_config(folder: Path, config: Config) -> None:
+    """Save a config as train_config.json, in a folder that is created."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    atomic_write(folder / "train_config.json", f"{text}\n".encode())
+
+
+def load_config(folder: Path, default: Config) -> Config:
+    """Return the config that was saved in a folder, or the default."""
+    path = folder / "train_config.json"
+    return (
+        dataclasses.replace(default, **json.loads(path.read_text())) if path.exists() else default
+    )
+
+
+def check_config(folder: Path, config: Config, *may_differ: str) -> None:
+    """Compare a config with the one that was saved in a folder, if there is one.
+
+    Raises CheckpointError if a field that is not in `may_differ` has another value.
+    """
+    saved = dataclasses.asdict(load_config(folder, config))
+    for name, value in dataclasses.asdict(config).items():
+        if name not in may_differ and saved[name] != value:
+            message = f"{folder} was trained with {name} {saved[name]}, not {value}"
+            raise lesson.CheckpointError(f"{message}; delete it, or choose another --output")
+
+
+@contextlib.contextmanager
+def log_losses(path: Path, optimizer: torch.optim.Optimizer) -> Iterator[OnStep]:
+    """Yield an on_step for train() that writes a file of losses while a model is trained.
+
+    A line has the step, from 1, its loss and learning rate, and the seconds since the start. Call
+    it before a schedule changes the learning rate.
+    """
+    start = time.perf_counter()
+    steps: list[tuple[torch.Tensor, float, float]] = []  # loss, learning rate, seconds
+    num_written = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+
+        def write() -> None:
+            nonlocal num_written
+            if not steps:
+                return
+            losses = torch.stack([loss for loss, _, _ in steps]).tolist()  # waits for the GPU
+            for loss, (_, learning_rate, seconds) in zip(losses, steps, strict=True):
+                num_written += 1
+                line = {"step": num_written, "loss": loss, "learning_rate": learning_rate}
+                file.write(json.dumps({**line, "seconds": round(seconds, 6)}) + "\n")
+            file.flush()
+            steps.clear()
+
+        def on_step(step: int, loss: torch.Tensor) -> None:
+            seconds = time.perf_counter() - start
+            steps.append((loss, optimizer.param_groups[0]["lr"], seconds))
+            if len(steps) == 10:
+                write()
+
+        try:
+            yield on_step
+        finally:
+            write()
+
+
+def read_losses(path: Path) -> list[float]:
+    """Return the loss of every step in a file that `log_losses()` wrote."""
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+def train_progress(title: str, steps: int) -> OnStep:
     """Return an on_step for train(): a progress bar, and the loss ten times."""
     bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=None)
 

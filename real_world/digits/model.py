@@ -5,10 +5,7 @@ import torch
 from lesson_code import SimpleClassifier
 
 
-def build_model(
-    seed: int, device: torch.device | str = "cpu"
-) -> tuple[SimpleClassifier, torch.optim.Optimizer]:
-    """Return a SimpleClassifier for 8 x 8 pixels and 10 digits, and an Adam optimizer for it."""
+def build_model(seed: int, device: torch.device | str = "cpu") -> SimpleClassifier:
+    """Return an untrained model for 8 x 8 pixels and 10 digits."""
     torch.manual_seed(seed)
-    model = SimpleClassifier(in_features=64, hidden_size=128, num_classes=10).to(device)
-    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+    return SimpleClassifier(in_features=64, hidden_size=128, num_classes=10).to(device)

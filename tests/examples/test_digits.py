@@ -1,13 +1,16 @@
 """The digits example: the split of the data, the result, the figure."""
 
+import json
 import re
 
 import matplotlib.image
 import pytest
 import torch
 from readmes import assert_transcript
+from torch import nn
 
-from real_world.common import CheckFailed
+import lesson_code as lesson
+from real_world.common import CheckFailed, log_losses, read_losses
 from real_world.digits import __main__ as digits
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
@@ -51,11 +54,36 @@ def test_example_reaches_96_percent_and_overfits(tmp_path, capsys):
     assert matplotlib.image.imread(tmp_path / "new" / "digits.png").shape == (480, 1440, 4)
 
 
-def test_model_that_does_not_learn_fails_the_check(monkeypatch):
-    def frozen(seed, device):
-        model, _ = build_model(seed, device)
-        return model, torch.optim.SGD(model.parameters(), lr=0)
+def test_options_change_the_training_and_are_saved(tmp_path, capsys):
+    options = ["--device", "cpu", "--output", str(tmp_path), "--no-figure"]
+    digits.main([*options, "--epochs", "2", "--batch-size", "100", "--learning-rate", "0.1"])
+    config = json.loads((tmp_path / "digits" / "train_config.json").read_text())
+    assert config == {"learning_rate": 0.1, "batch_size": 100, "epochs": 2, "seed": 0}
+    losses = read_losses(tmp_path / "digits" / "losses.jsonl")
+    rows = re.findall(r"^ +[12] +(\d\.\d+)", capsys.readouterr().out, re.MULTILINE)
+    means = [sum(losses[:13]) / 13, sum(losses[13:]) / 13]
+    assert [float(loss) for loss in rows] == pytest.approx(means, abs=1e-4)
+    digits.main([*options, "--epochs", "2", "--batch-size", "100"])
+    assert read_losses(tmp_path / "digits" / "losses.jsonl")[0] == losses[0]
+    assert read_losses(tmp_path / "digits" / "losses.jsonl")[1] != losses[1], "another lr"
 
-    monkeypatch.setattr(digits, "build_model", frozen)
+
+def test_losses_of_an_interrupted_run_are_kept(tmp_path):
+    def interrupt(step: int, loss: torch.Tensor) -> None:
+        log(step, loss)
+        if step == 12:
+            assert len(read_losses(path)) == 10, "written while it trains"
+            raise KeyboardInterrupt
+
+    data, model, path = load_digits(), build_model(0), tmp_path / "losses.jsonl"
+    optimizer = torch.optim.Adam(model.parameters())
+    batches = [(data.X_train, data.y_train)]
+    with pytest.raises(KeyboardInterrupt), log_losses(path, optimizer) as log:
+        lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer, on_step=interrupt)
+    assert len(read_losses(path)) == 13
+
+
+def test_model_that_does_not_learn_fails_the_check(tmp_path):
+    options = ["--device", "cpu", "--no-figure", "--output", str(tmp_path), "--learning-rate", "0"]
     with pytest.raises(CheckFailed, match="test accuracy"):
-        digits.main(["--device", "cpu", "--no-figure", "--epochs", "1"])
+        digits.main([*options, "--epochs", "1"])
