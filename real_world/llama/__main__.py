@@ -18,18 +18,34 @@ from pathlib import Path
 import torch
 
 import lesson_code as lesson
-from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
+from real_world.common import (
+    bounded_int,
+    check,
+    make_parser,
+    print_heading,
+    run_cli,
+    save_config,
+    show,
+    show_config,
+    with_options,
+)
 from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.costs import compare_decoding, num_parameters, print_costs
 from real_world.llama.data import byte_entropies, load_corpus, train_val_split
-from real_world.llama.generate import SamplingParams, printable, stream_generate
+from real_world.llama.generate import (
+    SamplingParams,
+    batch_generate,
+    printable,
+    stream_generate,
+)
 from real_world.llama.model import Llama
 from real_world.llama.parity import check_parity
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
-from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, STEPS, evaluate, train_llama
+from real_world.llama.train import TrainConfig, evaluate, train_llama
 
+SAMPLING = SamplingParams(temperature=0.8)
 DTYPES = {
     "auto": None,  # that of the files
     "float32": torch.float32,
@@ -50,11 +66,11 @@ def prompt_text(text: str) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser("llama", "Llama 3 in miniature: parity, training, generation, costs.")
+    about = "Llama 3 in miniature: parity, training, generation, costs."
+    parser = make_parser("llama", about, TrainConfig(), SAMPLING)
     add = parser.add_argument
-    add("--steps", metavar="N", type=bounded_int(20), default=STEPS, help="default: 1000")
-    text = "only answer or continue this text, with a trained model"
-    add("--prompt", metavar="TEXT", type=prompt_text, help=text)
+    text = "only answer or continue this text, with a trained model (can be repeated: one batch)"
+    add("--prompt", metavar="TEXT", type=prompt_text, action="append", help=text)
     source = parser.add_mutually_exclusive_group()
     weights = "a model in Hugging Face's format (default: the one that this example trained)"
     source.add_argument("--weights", metavar="DIR", type=Path, help=weights)
@@ -66,9 +82,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as in the files)")
     max_tokens = bounded_int(1, 2**17)
     add("--max-new-tokens", metavar="N", type=max_tokens, default=240, help="default: 240")
-    add("--temperature", metavar="T", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    add("--top-k", metavar="K", type=bounded_int(1), help="sample from the K most likely tokens")
-    add("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     args = parser.parse_args(argv)
     needs_prompt = {
         "--weights": args.weights,
@@ -80,8 +93,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for option, value in needs_prompt.items():
         if value and args.prompt is None:
             parser.error(f"{option} requires --prompt")
+    args.config = with_options(TrainConfig(), args)
+    if args.config.context_length > LLAMA_TINY.max_position_embeddings:
+        parser.error(f"argument --context-length: at most {LLAMA_TINY.max_position_embeddings}")
     try:
-        args.params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
+        args.params = with_options(SAMPLING, args)
     except ValueError as error:
         parser.error(f"argument --{error}".replace("_", "-"))
     return args
@@ -102,23 +118,36 @@ def model_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def continue_prompt(args: argparse.Namespace) -> None:
-    """Print a model's answer to a prompt, or without a chat template the text that continues it."""
+def continue_prompts(args: argparse.Namespace) -> None:
+    """Print a model's answer to each prompt, or without a chat template the text that continues it.
+
+    One prompt is continued piece by piece; several are one batch.
+    """
     folder = model_folder(args)
     model = load_pretrained(folder, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    chat = None
-    if not args.no_chat:
-        chat = apply_chat_template(folder, [{"role": "user", "content": args.prompt}])
-    if chat is None:
-        tokens = tokenizer.encode(args.prompt)
-        print(printable(args.prompt), end="", flush=True)
-    else:
-        tokens = tokenizer.encode(chat, add_special_tokens=False)
-    max_new_tokens = args.max_new_tokens
-    for piece in stream_generate(model, tokenizer, tokens, max_new_tokens, args.params, args.stop):
-        print(piece, end="", flush=True)
-    print()
+    starts, prompts = [], []  # what is printed before each text, and the tokens that it continues
+    for prompt in args.prompt:
+        chat = None
+        if not args.no_chat:
+            chat = apply_chat_template(folder, [{"role": "user", "content": prompt}])
+        if chat is None:
+            prompts.append(tokenizer.encode(prompt))
+            starts.append(printable(prompt))
+        else:
+            prompts.append(tokenizer.encode(chat, add_special_tokens=False))
+            starts.append("" if len(args.prompt) == 1 else f"{printable(prompt)}\n")
+    options = (args.max_new_tokens, args.params, args.stop)
+    if len(prompts) == 1:
+        print(starts[0], end="", flush=True)
+        for piece in stream_generate(model, tokenizer, prompts[0], *options):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for start, text in zip(
+        starts, batch_generate(model, tokenizer, prompts, *options), strict=True
+    ):
+        print(f"{start}{text}\n")
 
 
 def print_sample(title: str, model: Llama, max_new_tokens: int, params: SamplingParams) -> None:
@@ -135,14 +164,15 @@ def print_sample(title: str, model: Llama, max_new_tokens: int, params: Sampling
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.prompt is not None:
-        continue_prompt(args)
+        continue_prompts(args)
         return
     print_heading(
         "Llama 3 in miniature",
         "from a two-layer classifier to a 70-billion-parameter language model",
     )
     folder = args.output / "llama"
-    args.output.mkdir(parents=True, exist_ok=True)
+    config: TrainConfig = args.config
+    save_config(folder, config)
     show("parameters", f"{num_parameters(LLAMA_TINY):,}")
 
     print("\n  Compared with transformers' LlamaForCausalLM, with the same random weights")
@@ -155,22 +185,22 @@ def main(argv: list[str] | None = None) -> None:
     show("unigram entropy of validation", f"{unigram:.4f} nats per byte")
     show("bigram entropy of validation", f"{bigram:.4f} nats per byte")
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(config.seed)
     model = Llama(LLAMA_TINY).to(args.device)
     print_sample("Generated before training", model, args.max_new_tokens, args.params)
 
-    batch = f"{BATCH_SIZE} x {CONTEXT_LENGTH} bytes"
-    print(f"\n  Training, {args.steps} steps of {batch} on {args.device}")
+    print(f"\n  Training on {args.device}")
+    show_config(config)
     start = time.perf_counter()
-    losses = train_llama(model, train_text, args.steps, args.seed)
+    losses = train_llama(model, train_text, config, folder)
     seconds = time.perf_counter() - start
-    rate = args.steps * BATCH_SIZE * CONTEXT_LENGTH / seconds
+    rate = config.steps * config.batch_size * config.context_length / seconds
     show("trained in", f"{seconds:.0f} s, {rate:,.0f} bytes per second")
     save_pretrained(model, folder)
     show("saved to", folder)
-    validation_loss = evaluate(model, validation_text)
+    validation_loss = evaluate(model, validation_text, config)
     value = f"{validation_loss:.4f} nats per byte, bigram {bigram:.4f}"
-    if args.steps >= STEPS:
+    if config.steps >= TrainConfig.steps:
         check("validation loss", value, validation_loss < 0.75 * bigram)
     else:
         show("validation loss", value)

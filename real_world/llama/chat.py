@@ -90,5 +90,5 @@ def apply_chat_template(folder: Path, messages: list[dict[str, str]]) -> str | N
     }
     try:
         return render(template, messages, special_tokens)
-    except Exception as error:  # a template can raise any
+    except Exception as error:  # a template can raise any exception
         raise CheckpointError(f"the chat template of {folder} fails: {error}") from None

@@ -25,7 +25,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What differs between the models of the Llama family."""
+    """Architecture hyperparameters of a model of the Llama family."""
 
     vocab_size: int  # number of different tokens
     hidden_size: int  # width of the residual stream

@@ -1,4 +1,4 @@
-"""What a Llama costs: computed from its configuration, and measured with and without KV cache."""
+"""Parameters, FLOPs and memory of a Llama; the time per token with and without KV cache."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from real_world.common import check
 from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
 from real_world.llama.generate import SamplingParams, generate
 from real_world.llama.model import Llama
-from real_world.llama.train import CONTEXT_LENGTH
+from real_world.llama.train import TrainConfig
 
 LENGTHS = (64, 256, 1024, 4096)
 
@@ -61,7 +61,7 @@ def print_costs(model: Llama) -> None:
         parameters = num_parameters(config)
         context_length, unit, scale = 8192, "GB", 1e9
         if config is LLAMA_TINY:
-            context_length, unit, scale = CONTEXT_LENGTH, "MB", 1e6
+            context_length, unit, scale = TrainConfig.context_length, "MB", 1e6
         print(
             f"  {name:<14}{parameters:>17,}"
             f"{flops_per_token(config, context_length) / 1e9:>9,.3g}"
@@ -71,16 +71,18 @@ def print_costs(model: Llama) -> None:
         )
     count = sum(parameter.numel() for parameter in model.parameters())
     check("parameters, counted", f"{count:,}", count == num_parameters(model.config))
-    flops = count_flops(model, CONTEXT_LENGTH)
-    expected = CONTEXT_LENGTH * flops_per_token(model.config, CONTEXT_LENGTH)
-    check(f"FLOPs of {CONTEXT_LENGTH} tokens, counted", f"{flops:,}", flops == expected)
+    flops = count_flops(model, TrainConfig.context_length)
+    expected = TrainConfig.context_length * flops_per_token(
+        model.config, TrainConfig.context_length
+    )
+    check(f"FLOPs of {TrainConfig.context_length} tokens, counted", f"{flops:,}", flops == expected)
 
 
 @torch.no_grad()
 def count_flops(model: Llama, length: int) -> int:
     """Count the floating-point operations of a forward pass with FlopCounterMode."""
     tokens = torch.zeros(1, length, dtype=torch.int64, device=model.lm_head.weight.device)
-    # The counter does not know the CPU's fused attention: use the one of matrix products.
+    # The counter does not know the CPU's fused attention: use the math backend.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens)
     return counter.get_total_flops()

@@ -4,7 +4,7 @@ import math
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,14 +13,18 @@ from real_world.llama.model import KVCache, Llama
 from real_world.llama.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is sampled. The defaults are greedy: always the most likely token."""
+    """How the next token is sampled. Every field is an option of the command line.
+
+    The defaults are greedy: always the most likely token.
+    """
 
     temperature: float = 0.0  # 0: greedy; below 1: more likely tokens are preferred
     top_k: int | None = None  # sample from the k most likely tokens only
     top_p: float = 1.0  # sample from the fewest tokens that have this probability together
-    seed: int = 0
+    min_p: float = 0.0  # sample from tokens with at least this part of the largest probability
+    seed: int = field(default=0, metadata={"minimum": 0})
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of range."""
@@ -30,28 +34,32 @@ class SamplingParams:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}")
 
 
 GREEDY = SamplingParams()
 
 
-def filter_logits(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float
-) -> torch.Tensor:
+def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Return logits, (batch, vocab_size), with -inf for tokens that must not be sampled.
 
     Top-p (nucleus) sampling: A. Holtzman et al., "The Curious Case of Neural Text Degeneration",
-    2020.
+    2020. Min-p: M. Nguyen et al., "Turning Up the Heat", 2024.
     """
-    logits = logits.float() / max(temperature, 1e-5)
-    if top_k is not None:
-        kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (batch, 1)
+    logits = logits.float() / max(params.temperature, 1e-5)
+    if params.top_k is not None:
+        kth_largest = logits.topk(min(params.top_k, logits.shape[-1])).values[:, -1:]  # (batch, 1)
         logits = logits.masked_fill(logits < kth_largest, -torch.inf)
-    if top_p < 1:
+    if params.top_p < 1:
         sorted_logits, order = logits.sort(descending=True)
         p = sorted_logits.softmax(dim=-1)
-        remove = p.cumsum(dim=-1) - p >= top_p  # more likely tokens have top_p already
+        remove = p.cumsum(dim=-1) - p >= params.top_p  # more likely tokens have top_p already
         logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
+    if params.min_p > 0:
+        p = logits.softmax(dim=-1)
+        largest = p.max(dim=-1, keepdim=True).values  # (batch, 1)
+        logits = logits.masked_fill(p < params.min_p * largest, -torch.inf)
     return logits
 
 
@@ -59,7 +67,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, rng: torch.Generator) -
     """Return the next token of each row of logits, (batch,) int64."""
     if params.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = filter_logits(logits, params.temperature, params.top_k, params.top_p)
+    logits = filter_logits(logits, params)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=rng).squeeze(1)
 
 
@@ -177,7 +185,7 @@ def stream_generate(
     tokens = list(prompt)
     start = len(tokenizer.decode(prompt))
     text = ""  # all that is generated
-    position = 0  # up to which it has been yielded
+    num_yielded = 0  # characters
     batch = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, length)
     for token in generate(model, batch, max_new_tokens, params):
         tokens.append(int(token))
@@ -190,6 +198,30 @@ def stream_generate(
             break
         if not text.endswith("\ufffd"):  # a part of a character: wait for its other bytes
             end = len(text) - partial_stop_length(text, stop)
-            yield printable(text[position:end])
-            position = end
-    yield printable(text[position:])
+            yield printable(text[num_yielded:end])
+            num_yielded = end
+    yield printable(text[num_yielded:])
+
+
+def batch_generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    params: SamplingParams,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Return the text that continues each prompt, of any lengths, in one batch.
+
+    Each text ends as in `stream_generate()`.
+    """
+    tokens, mask = (tensor.to(model.lm_head.weight.device) for tensor in pad_left(prompts))
+    new = list(generate(model, tokens, max_new_tokens, params, attention_mask=mask))
+    texts = []
+    for prompt, row in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):
+        ends = [i for i, token in enumerate(row) if token in model.config.eos_token_ids]
+        text = tokenizer.decode(prompt + row[: min(ends, default=None)])
+        text = text[len(tokenizer.decode(prompt)) :]
+        found = [text.index(string) for string in stop if string in text]
+        texts.append(printable(text[: min(found, default=None)]))
+    return texts

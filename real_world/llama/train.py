@@ -1,18 +1,27 @@
 """Training with the lesson's train()."""
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lesson_code as lesson
-from real_world.common import train_progress
+from real_world.common import log_losses, train_progress
 from real_world.llama.data import RandomWindows
 from real_world.llama.model import Llama
 
-STEPS = 1000
-BATCH_SIZE = 8
-CONTEXT_LENGTH = 128
-LEARNING_RATE = 0.003
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What can be changed about the training. Every field is an option of the command line."""
+
+    learning_rate: float = 0.003  # the largest of the schedule
+    batch_size: int = 8  # windows per step
+    context_length: int = 128  # tokens per window
+    steps: int = field(default=1000, metadata={"minimum": 20})
+    seed: int = field(default=0, metadata={"minimum": 0})  # of the weights and the windows
 
 
 def next_token_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -20,44 +29,47 @@ def next_token_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-def make_optimizer(
-    model: nn.Module, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return AdamW, and a schedule: warm-up for a tenth of the steps, then a cosine decay."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-    lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    return optimizer, lr_scheduler
+def train_llama(model: Llama, text: torch.Tensor, config: TrainConfig, folder: Path) -> list[float]:
+    """Train a model in place on random windows of a text; return the loss of every step.
 
-
-def train_llama(model: Llama, text: torch.Tensor, steps: int, seed: int) -> list[float]:
-    """Train a model in place on random windows of a text; return the loss of every step."""
+    The losses are also written to losses.jsonl in `folder`, while it trains.
+    """
     text = text.to(model.lm_head.weight.device)
-    loader = DataLoader(
-        RandomWindows(text, BATCH_SIZE, CONTEXT_LENGTH, steps, seed), batch_size=None
+    windows = RandomWindows(
+        text, config.batch_size, config.context_length, config.steps, config.seed
     )
-    optimizer, lr_scheduler = make_optimizer(model, steps)
-    show_progress = train_progress("llama", steps)
+    loader = DataLoader(windows, batch_size=None)  # the dataset yields whole mini-batches
+    # GPT-3's betas and weight decay (T. Brown et al., "Language Models are Few-Shot Learners",
+    # 2020, appendix B).
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    # Warm-up for a tenth of the steps, because Adam's averages of the gradients are rough at
+    # first; then a cosine decay.
+    lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False
+    )
+    show_progress = train_progress("llama", config.steps)
+    with log_losses(folder / "losses.jsonl", optimizer) as log:
 
-    def on_step(step: int, loss: torch.Tensor) -> None:
-        lr_scheduler.step()
-        show_progress(step, loss)
+        def on_step(step: int, loss: torch.Tensor) -> None:
+            log(step, loss)
+            show_progress(step, loss)
+            lr_scheduler.step()
 
-    return lesson.train(model, loader, next_token_loss, optimizer, epochs=1, on_step=on_step)
+        return lesson.train(model, loader, next_token_loss, optimizer, epochs=1, on_step=on_step)
 
 
 @torch.no_grad()
-def evaluate(model: Llama, text: torch.Tensor) -> float:
-    """Return the mean loss on a whole text, in nats per token, in windows of CONTEXT_LENGTH."""
+def evaluate(model: Llama, text: torch.Tensor, config: TrainConfig) -> float:
+    """Return the mean loss on a whole text, in nats per token, in windows of context_length."""
     model.eval()
     text = text.to(model.lm_head.weight.device).long()
-    size = (len(text) - 1) // CONTEXT_LENGTH * CONTEXT_LENGTH
-    X = text[:size].view(-1, CONTEXT_LENGTH)  # (windows, context_length)
-    y = text[1 : size + 1].view(-1, CONTEXT_LENGTH)
+    size = (len(text) - 1) // config.context_length * config.context_length
+    X = text[:size].view(-1, config.context_length)  # (windows, context_length)
+    y = text[1 : size + 1].view(-1, config.context_length)  # the next token of each
     total = torch.zeros((), device=X.device)
-    for micro_X, micro_y in zip(X.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True):
+    batches = zip(X.split(config.batch_size), y.split(config.batch_size), strict=True)
+    for micro_X, micro_y in batches:
         total += len(micro_X) * next_token_loss(model(micro_X), micro_y)
     return (total / len(X)).item()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import re
 from dataclasses import replace
@@ -20,7 +21,7 @@ from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
 from real_world.llama.data import RandomWindows, byte_entropies, load_corpus, train_val_split
 from real_world.llama.generate import generate
 from real_world.llama.model import KVCache, Llama
-from real_world.llama.train import next_token_loss, train_llama
+from real_world.llama.train import TrainConfig, next_token_loss, train_llama
 
 CONFIG = parity.BASE
 
@@ -107,7 +108,7 @@ def test_windows_cover_the_text_and_y_is_the_next_byte():
     assert not batches[0][0].equal(other)
 
 
-def test_train_is_the_lessons(monkeypatch):
+def test_train_is_the_lessons(monkeypatch, tmp_path):
     calls, train = [], lesson.train
 
     def recording_train(*args, **kwargs):
@@ -116,10 +117,15 @@ def test_train_is_the_lessons(monkeypatch):
 
     monkeypatch.setattr(lesson, "train", recording_train)
     model = build(replace(CONFIG, vocab_size=256))
-    losses = train_llama(model, load_corpus(), 20, seed=0)
+    losses = train_llama(model, load_corpus(), TrainConfig(steps=20), tmp_path)
     assert [(args[0], args[2]) for args in calls] == [(model, next_token_loss)]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.5
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == losses
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[0] < rates[1] == max(rates) == 0.003 > rates[2], "warm-up for two steps"
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,16 @@ def test_prompt_is_continued_by_the_trained_model(story, capsys):
     assert texts[0].startswith("The é")
     assert len(texts[0]) > 200
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_several_prompts_are_one_batch(story, capsys):
+    options = ["--output", str(story[0]), "--temperature", "0", "--max-new-tokens", "40"]
+    texts = []
+    for prompt in ("The", "A class"):
+        llama.main([*options, "--prompt", prompt])
+        texts.append(capsys.readouterr().out)
+    llama.main([*options, "--prompt", "The", "--prompt", "A class"])
+    assert capsys.readouterr().out == f"{texts[0]}\n{texts[1]}\n"
 
 
 def test_model_that_does_not_learn_fails_the_check(monkeypatch, tmp_path):
@@ -184,6 +200,9 @@ def test_costs_are_those_of_real_models():
         "--steps=19",
         "--top-p=1.5",
         "--temperature=nan",
+        "--learning-rate=-1",
+        "--min-p=2",
+        "--context-length=9000",
     ],
 )
 def test_wrong_option(argument, capsys):

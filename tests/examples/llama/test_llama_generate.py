@@ -14,7 +14,9 @@ from real_world.llama import parity
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY, LlamaConfig
 from real_world.llama.generate import (
+    GREEDY,
     SamplingParams,
+    batch_generate,
     filter_logits,
     generate,
     pad_left,
@@ -42,25 +44,40 @@ def generated(model: Llama, prompt: torch.Tensor, n: int, **options) -> torch.Te
 
 
 def test_filter_logits_equals_transformers():
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     logits = torch.randn(6, 50) * 3
-    for temperature, top_k, top_p in ((0.5, 50, 1.0), (1.3, 7, 1.0), (1.0, 50, 0.6), (2.0, 9, 0.8)):
+    for temperature, top_k, top_p, min_p in (
+        (0.5, 50, 1.0, 0.0),
+        (1.3, 7, 1.0, 0.0),
+        (1.0, 50, 0.6, 0.0),
+        (1.0, 50, 1.0, 0.1),
+        (2.0, 9, 0.8, 0.3),
+    ):
         expected = TemperatureLogitsWarper(temperature)(None, logits)
         expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, expected))
-        torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), expected)
+        expected = MinPLogitsWarper(min_p)(None, expected)
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        torch.testing.assert_close(filter_logits(logits, params), expected)
 
 
 def test_sampling_is_seeded():
     model = build()
 
-    def tokens(*params) -> list[int]:
-        return generated(model, PROMPT, 30, params=SamplingParams(*params))[0].tolist()
+    def tokens(temperature: float, **params) -> list[int]:
+        sampling = SamplingParams(temperature=temperature, **params)
+        return generated(model, PROMPT, 30, params=sampling)[0].tolist()
 
-    assert tokens(1.0, None, 1.0, 1) == tokens(1.0, None, 1.0, 1) == tokens(1.0, 1000, 1.0, 1)
-    assert tokens(1.0, None, 1.0, 1) != tokens(1.0, None, 1.0, 2)
-    assert tokens(0.0) == tokens(1.0, 1) == tokens(1.0, None, 1e-9) == tokens(1e-9)
-    batch = generated(model, PROMPT.repeat(4, 1), 10, params=SamplingParams(1.0))
+    assert tokens(1.0, seed=1) == tokens(1.0, seed=1) == tokens(1.0, seed=1, top_k=1000)
+    assert tokens(1.0, seed=1) != tokens(1.0, seed=2)
+    assert tokens(0.0) == tokens(1.0, top_k=1) == tokens(1.0, top_p=1e-9) == tokens(1e-9)
+    assert tokens(0.0) == tokens(1.0, min_p=1.0)
+    batch = generated(model, PROMPT.repeat(4, 1), 10, params=SamplingParams(temperature=1.0))
     assert len({tuple(row) for row in batch.tolist()}) == 4
 
 
@@ -74,6 +91,7 @@ def test_sampling_is_seeded():
         {"top_p": 2.0},
         {"top_p": -1.0},
         {"top_k": 0},
+        {"min_p": 1.1},
     ],
 )
 def test_wrong_sampling_params_raise_value_error(params):
@@ -184,6 +202,23 @@ def test_text_ends_before_a_stop_string(stop, pieces, monkeypatch):
     tokens = iter("e one. é\n\nT".encode())
     monkeypatch.setattr("real_world.llama.generate.sample", lambda *_: torch.tensor([next(tokens)]))
     assert [piece for piece in pieces_of(12, stop) if piece] == pieces
+
+
+def test_batch_has_the_text_of_each_prompt_alone():
+    model, tokenizer = build(LLAMA_TINY, scale=5), ByteTokenizer()
+    prompts = [tokenizer.encode(text) for text in ("The", "A longer prompt", "é")]
+
+    def texts(*stop: str) -> list[str]:
+        streams = [stream_generate(model, tokenizer, p, 30, GREEDY, stop) for p in prompts]
+        alone = ["".join(pieces) for pieces in streams]
+        assert batch_generate(model, tokenizer, prompts, 30, GREEDY, stop) == alone
+        return alone
+
+    whole = texts()
+    letter = next(c for c in whole[0] if c.isascii() and c.isalpha())
+    assert texts(letter) != whole
+    model.config = replace(model.config, eos_token_ids=(ord(letter),))
+    assert texts() != whole
 
 
 def word_tokenizer() -> tokenizers.Tokenizer:
