@@ -11,8 +11,10 @@ estimates how data parallel training scales to 10,000 workers.
 """
 
 import argparse
+import dataclasses
 import io
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,10 +23,14 @@ from real_world.common import (
     CheckFailed,
     bounded_int,
     check,
+    check_config,
     make_parser,
     print_heading,
     run_cli,
+    save_config,
     show,
+    show_config,
+    with_options,
 )
 from real_world.digits.data import load_digits
 from real_world.distributed import ddp, fsdp
@@ -32,6 +38,7 @@ from real_world.distributed.process_group import (
     check_same_on_all_ranks,
     init_process_group,
     local_device,
+    run_on_rank_0,
     shard_slice,
 )
 
@@ -56,9 +63,10 @@ def check_equal(
         check(f"{label}, against one process", value, error < TOLERANCE)
 
 
-def run_ddp(args: argparse.Namespace, device: torch.device) -> None:
+def run_ddp(config: ddp.TrainConfig, output: Path, device: torch.device) -> None:
     """Train a copy of the lesson's model on every process."""
-    digits = load_digits(args.seed, device)
+    show_config(config)
+    digits = load_digits(config.seed, device)
     X, y = digits.X_train.double(), digits.y_train
     world_size = dist.get_world_size()
     shards = [shard_slice(len(y), rank, world_size) for rank in range(world_size)]
@@ -67,14 +75,17 @@ def run_ddp(args: argparse.Namespace, device: torch.device) -> None:
     scales = [f"{size * world_size / len(y):.4f}" for size in sizes]
     show("the loss is multiplied by", f"{' or '.join(scales)}")
 
-    path = args.output / f"ddp-seed{args.seed}.pt"
-    model, optimizer, losses = ddp.build_or_load(path, args.seed, args.epochs, device)
+    folder = output / "ddp"
+    run_on_rank_0(check_config, folder, config, "epochs", "save_every")
+    run_on_rank_0(save_config, folder, config)
+    path = folder / "checkpoint.pt"
+    model, optimizer, losses = ddp.build_or_load(path, config, device)
     if losses:
         show("resumed from", f"{path}, epoch {len(losses)}")
     check_same_on_all_ranks(resumed_from_epoch=len(losses))
-    ddp.train_ddp(model, optimizer, losses, X, y, args.epochs, args.save_every, path)
-    show(f"loss, epochs 1 and {args.epochs}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
-    expected_model, expected_losses = ddp.train_on_one_process(X, y, args.seed, args.epochs)
+    ddp.train_ddp(model, optimizer, losses, X, y, config, path)
+    show(f"loss, epochs 1 and {config.epochs}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
+    expected_model, expected_losses = ddp.train_on_one_process(X, y, config)
     try:
         check_equal(losses, expected_losses, model.state_dict(), expected_model.state_dict())
     except CheckFailed:
@@ -83,9 +94,10 @@ def run_ddp(args: argparse.Namespace, device: torch.device) -> None:
     show("checkpoint saved to", path)
 
 
-def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
+def run_fsdp(config: fsdp.TrainConfig, output: Path, device: torch.device) -> None:
     """Train a Llama of which every process has a shard."""
-    model = fsdp.build_llama(args.seed, device)
+    show_config(config)
+    model = fsdp.build_llama(config.seed, device)
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     show("parameters, in float64", f"{num_bytes:,} bytes")
     fsdp.shard_llama(model, device)
@@ -93,29 +105,31 @@ def run_fsdp(args: argparse.Namespace, device: torch.device) -> None:
     label = "shard of each process"
     check(label, ", ".join(f"{n:,}" for n in shard_bytes), sum(shard_bytes) == num_bytes)
 
-    folder = args.output / f"fsdp-seed{args.seed}"
-    optimizer = fsdp.make_optimizer(model)
-    first_step = fsdp.latest_step(folder, before=args.steps)
+    folder = output / "fsdp"
+    run_on_rank_0(check_config, folder, config, "steps")
+    run_on_rank_0(save_config, folder, config)
+    optimizer = fsdp.make_optimizer(model, config)
+    first_step = fsdp.latest_step(folder, before=config.steps)
     check_same_on_all_ranks(resumed_from_step=first_step)
     if first_step > 0:
         fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
         show("resumed from", folder / f"step-{first_step}")
-    losses = fsdp.train_fsdp(model, optimizer, args.seed, first_step, args.steps)
-    show(f"loss, steps {first_step + 1} and {args.steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
-    expected_model, expected_losses = fsdp.train_on_one_process(args.seed, args.steps, device)
+    losses = fsdp.train_fsdp(model, optimizer, config, first_step)
+    show(f"loss, steps {first_step + 1} and {config.steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
+    expected_model, expected_losses = fsdp.train_on_one_process(config, device)
     weights = {name: shards.full_tensor() for name, shards in model.state_dict().items()}
     check_equal(losses, expected_losses[first_step:], weights, expected_model.state_dict())
-    fsdp.save_sharded(folder / f"step-{args.steps}", model, optimizer)
-    show("checkpoint saved to", folder / f"step-{args.steps}")
+    fsdp.save_sharded(folder / f"step-{config.steps}", model, optimizer)
+    show("checkpoint saved to", folder / f"step-{config.steps}")
 
 
-def run_scaling(args: argparse.Namespace) -> None:
+def run_scaling(args: argparse.Namespace, seed: int) -> None:
     """Estimate the efficiency of data parallel training from a step measured here."""
     from real_world.distributed.plot import plot_scaling
     from real_world.distributed.scaling import efficiency, measure_steps, ring_all_reduce_time
 
     bandwidth, latency = args.bandwidth * 1e9 / 8, args.latency / 1e6
-    costs = measure_steps(args.seed, args.device)
+    costs = measure_steps(seed, args.device)
     for cost in costs:
         time = f"{1000 * cost.step_time:.2f} ms per step"
         show(cost.name, f"{time}, {cost.gradient_bytes:,} bytes of gradients")
@@ -140,49 +154,27 @@ def run_scaling(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("distributed", "The lesson's train() on several processes.")
+    about = "The lesson's train() on several processes."
+    parser = make_parser("distributed", about, ddp.TrainConfig(), fsdp.TrainConfig())
     add = parser.add_argument
     number = bounded_int(1)
-    add(
-        "--epochs",
-        metavar="N",
-        type=number,
-        default=200,
-        help="epochs on the digits, with DDP (default: 200)",
-    )
-    add(
-        "--save-every",
-        metavar="N",
-        type=number,
-        default=20,
-        help="save a checkpoint every N epochs (default: 20)",
-    )
     add("--fsdp", action="store_true", help="shard a Llama instead")
-    add(
-        "--steps",
-        metavar="N",
-        type=number,
-        default=10,
-        help="training steps of the Llama, with --fsdp (default: 10)",
-    )
-    add(
-        "--timeout",
-        metavar="S",
-        type=number,
-        default=60,
-        help="seconds to wait for other processes (default: 60)",
-    )
+    text = "seconds to wait for other processes (default: 60)"
+    add("--timeout", metavar="S", type=number, default=60, help=text)
     add("--scaling", action="store_true", help="estimate how data parallel training scales")
     add("--bandwidth", metavar="GBIT", type=number, default=100, help="Gb/s (default: 100)")
     add("--latency", metavar="US", type=number, default=5, help="us per message (default: 5)")
     args = parser.parse_args(argv)
+    ddp_config = with_options(ddp.TrainConfig(), args)
+    fsdp_config = with_options(fsdp.TrainConfig(), args)
+    config = fsdp_config if args.fsdp else ddp_config
     if args.device.type == "mps":
         parser.error("argument --device: mps has no float64, in which results are compared")
     torch.set_num_threads(1)  # several processes share the cores
     args.output.mkdir(parents=True, exist_ok=True)
     if args.scaling:
         print_heading("Distributed: an estimate of scaling", QUOTE)
-        run_scaling(args)
+        run_scaling(args, config.seed)
         return
 
     try:
@@ -197,21 +189,15 @@ def main(argv: list[str] | None = None) -> None:
     print_heading(f"Distributed: {training}, on {processes}", QUOTE)
     show("backend", f"{dist.get_backend()}, on {device}")
     try:
-        check_same_on_all_ranks(
-            torch=torch.__version__,
-            seed=args.seed,
-            fsdp=args.fsdp,
-            epochs=args.epochs,
-            save_every=args.save_every,
-            steps=args.steps,
-        )
+        values = {"torch": torch.__version__, "fsdp": args.fsdp, **dataclasses.asdict(config)}
+        check_same_on_all_ranks(**values)
     except CheckFailed:
         dist.destroy_process_group()  # otherwise, its threads may abort the process at its exit
         raise
     if args.fsdp:
-        run_fsdp(args, device)
+        run_fsdp(fsdp_config, args.output, device)
     else:
-        run_ddp(args, device)
+        run_ddp(ddp_config, args.output, device)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ so every process makes the same update (S. Li et al., "PyTorch Distributed", 202
 what differs from training with one process.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,25 +23,37 @@ from real_world.distributed.process_group import (
 )
 
 
-def build(seed: int, device: torch.device) -> tuple[lesson.SimpleClassifier, torch.optim.Adam]:
+@dataclass(frozen=True)
+class TrainConfig:
+    """What can be changed about the training. Every field is an option of the command line."""
+
+    learning_rate: float = 0.01  # of Adam
+    epochs: int = 200  # each is one step, on all samples
+    save_every: int = 20  # epochs between two checkpoints
+    seed: int = field(default=0, metadata={"minimum": 0})  # of the split and the weights
+
+
+def build(
+    config: TrainConfig, device: torch.device
+) -> tuple[lesson.SimpleClassifier, torch.optim.Adam]:
     """Return the digits' model and an optimizer for it, in float64.
 
     In float32, the order in which gradients are summed shows in the last digits, and Adam amplifies
     the difference in every step.
     """
-    model, _ = build_model(seed, device)
-    return model, torch.optim.Adam(model.double().parameters(), lr=0.01)
+    model = build_model(config.seed, device).double()
+    return model, torch.optim.Adam(model.parameters(), config.learning_rate)
 
 
 def build_or_load(
-    path: Path, seed: int, epochs: int, device: torch.device
+    path: Path, config: TrainConfig, device: torch.device
 ) -> tuple[lesson.SimpleClassifier, torch.optim.Adam, list[float]]:
     """Return model, optimizer and losses: those of an interrupted run's checkpoint, or new ones."""
     if path.exists():
         model, optimizer, losses = lesson.load_checkpoint(path, device)
-        if len(losses) < epochs:
+        if len(losses) < config.epochs:
             return model, optimizer, losses
-    model, optimizer = build(seed, device)
+    model, optimizer = build(config, device)
     return model, optimizer, []
 
 
@@ -50,8 +63,7 @@ def train_ddp(
     losses: list[float],
     X: torch.Tensor,
     y: torch.Tensor,
-    epochs: int,
-    save_every: int,
+    config: TrainConfig,
     path: Path,
 ) -> None:
     """Train on all processes, in place, and save checkpoints.
@@ -62,8 +74,7 @@ def train_ddp(
         losses: the losses of earlier epochs; those of all later epochs are appended.
         X: the samples of all processes.
         y: their labels.
-        epochs: total epochs, those of earlier runs included.
-        save_every: checkpoint interval in epochs; the last epoch is always saved.
+        config: its epochs include those of earlier runs; the last epoch is always saved.
         path: the file of the checkpoint.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
@@ -73,16 +84,16 @@ def train_ddp(
     criterion = scale_loss_by_shard(mean_loss, len(y_shard), len(y), world_size)  # NEW
     ddp_model = DistributedDataParallel(model)  # NEW: it trains the weights of `model`
     batches = [(X_shard, y_shard)]
-    while len(losses) < epochs:
-        until_save = min(save_every, epochs - len(losses))
+    while len(losses) < config.epochs:
+        until_save = min(config.save_every, config.epochs - len(losses))
         shard_losses = lesson.train(ddp_model, batches, criterion, optimizer, until_save)
         losses += mean_over_ranks(shard_losses, X.device)  # NEW
         run_on_rank_0(lesson.save_checkpoint, path, model, optimizer, losses)  # NEW
 
 
 def train_on_one_process(
-    X: torch.Tensor, y: torch.Tensor, seed: int, epochs: int
+    X: torch.Tensor, y: torch.Tensor, config: TrainConfig
 ) -> tuple[lesson.SimpleClassifier, list[float]]:
     """Train without torch.distributed, for comparison."""
-    model, optimizer = build(seed, X.device)
-    return model, lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, epochs)
+    model, optimizer = build(config, X.device)
+    return model, lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, config.epochs)

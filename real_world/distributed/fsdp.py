@@ -9,6 +9,7 @@ et al., "PyTorch FSDP", 2023). `# NEW` marks what differs from training with one
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,7 +29,19 @@ from real_world.distributed.process_group import (
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.data import RandomWindows, load_corpus, train_val_split
 from real_world.llama.model import Llama
-from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, next_token_loss
+from real_world.llama.train import TrainConfig as LlamaTrainConfig
+from real_world.llama.train import next_token_loss
+
+BATCH_SIZE = LlamaTrainConfig.batch_size
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What can be changed about the training. Every field is an option of the command line."""
+
+    learning_rate: float = 0.001  # of AdamW
+    steps: int = 10
+    seed: int = field(default=0, metadata={"minimum": 0})  # of the weights and the batches
 
 
 def build_llama(seed: int, device: torch.device) -> Llama:
@@ -37,15 +50,17 @@ def build_llama(seed: int, device: torch.device) -> Llama:
     return Llama(LLAMA_TINY).double().to(device)
 
 
-def make_optimizer(model: Llama) -> torch.optim.Optimizer:
+def make_optimizer(model: Llama, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW with a constant learning rate, so that a finished run can be continued."""
-    return torch.optim.AdamW(model.parameters(), lr=0.001)
+    return torch.optim.AdamW(model.parameters(), config.learning_rate)
 
 
-def load_batches(seed: int, steps: int, device: torch.device) -> RandomWindows:
+def load_batches(config: TrainConfig, device: torch.device) -> RandomWindows:
     """Return the batches (X, y) of all steps."""
     text, _ = train_val_split(load_corpus())
-    return RandomWindows(text.to(device), BATCH_SIZE, CONTEXT_LENGTH, steps, seed)
+    return RandomWindows(
+        text.to(device), BATCH_SIZE, LlamaTrainConfig.context_length, config.steps, config.seed
+    )
 
 
 def shard_llama(model: Llama, device: torch.device) -> None:
@@ -65,25 +80,26 @@ def shard_sizes(model: Llama) -> list[int]:
 
 
 def train_fsdp(
-    model: Llama, optimizer: torch.optim.Optimizer, seed: int, first_step: int, steps: int
+    model: Llama, optimizer: torch.optim.Optimizer, config: TrainConfig, first_step: int
 ) -> list[float]:
-    """Train a sharded model in place, from `first_step` to `steps`; return the losses."""
+    """Train a sharded model in place, from `first_step` to the last; return the losses."""
     device = model.lm_head.weight.device
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
     shard = shard_slice(BATCH_SIZE, rank, world_size)  # NEW
     shard_size = shard.stop - shard.start  # NEW
     criterion = scale_loss_by_shard(next_token_loss, shard_size, BATCH_SIZE, world_size)  # NEW
-    batches = itertools.islice(load_batches(seed, steps, device), first_step, None)
+    batches = itertools.islice(load_batches(config, device), first_step, None)
     shards = ((X[shard], y[shard]) for X, y in batches)  # NEW
     losses = lesson.train(model, shards, criterion, optimizer, epochs=1)
     return mean_over_ranks(losses, device)  # NEW
 
 
-def train_on_one_process(seed: int, steps: int, device: torch.device) -> tuple[Llama, list[float]]:
+def train_on_one_process(config: TrainConfig, device: torch.device) -> tuple[Llama, list[float]]:
     """Train the same model on the same batches without torch.distributed, for comparison."""
-    model = build_llama(seed, device)
-    batches = load_batches(seed, steps, device)
-    return model, lesson.train(model, batches, next_token_loss, make_optimizer(model), epochs=1)
+    model = build_llama(config.seed, device)
+    optimizer = make_optimizer(model, config)
+    batches = load_batches(config, device)
+    return model, lesson.train(model, batches, next_token_loss, optimizer, epochs=1)
 
 
 def latest_step(folder: Path, before: int) -> int:

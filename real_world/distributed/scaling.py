@@ -13,7 +13,7 @@ from real_world.distributed.process_group import Criterion
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.data import RandomWindows, load_corpus
 from real_world.llama.model import Llama
-from real_world.llama.train import BATCH_SIZE, CONTEXT_LENGTH, next_token_loss
+from real_world.llama.train import TrainConfig, next_token_loss
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def ring_all_reduce_time(num_bytes: float, workers: int, bandwidth: float, laten
 
 
 def efficiency(cost: StepCost, workers: int, bandwidth: float, latency: float) -> float:
-    """Return which fraction of its time a worker computes.
+    """Return the compute fraction of a step.
 
     Every worker has a batch of its own, as large as the one measured. It is the worst case, without
     overlap: DistributedDataParallel averages gradients while backward() computes the next ones.
@@ -66,11 +66,17 @@ def measure_step(
 def measure_steps(seed: int, device: torch.device) -> list[StepCost]:
     """Time a training step of the digits' model and of a small Llama."""
     digits = load_digits(seed, device)
-    model, _ = build_model(seed, device)
+    model = build_model(seed, device)
     criterion = nn.CrossEntropyLoss()
     digits_cost = measure_step("digits' model", model, digits.X_train, digits.y_train, criterion)
     llama = Llama(LLAMA_TINY).to(device)
     text = load_corpus().to(device)
-    X, y = next(iter(RandomWindows(text, BATCH_SIZE, CONTEXT_LENGTH, steps=1, seed=seed)))
+    X, y = next(
+        iter(
+            RandomWindows(
+                text, TrainConfig.batch_size, TrainConfig.context_length, steps=1, seed=seed
+            )
+        )
+    )
     llama_cost = measure_step("small Llama", llama, X, y, next_token_loss)
     return [digits_cost, llama_cost]

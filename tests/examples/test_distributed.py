@@ -39,7 +39,7 @@ def one_process():
     """Return the model and the losses of training without torch.distributed."""
     torch.set_num_threads(1)
     digits = load_digits()
-    model, _ = build_model(0)
+    model = build_model(0)
     optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
     batches = [(digits.X_train.double(), digits.y_train)]
     losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer, EPOCHS)
@@ -93,11 +93,11 @@ def test_ddp_equals_one_process(tmp_path, one_process):
     assert status == 0, output
     assert "628 or 629, of 1257" in output
     assert output.count(" ok\n") == 2, "only rank 0 prints"
-    assert_same(tmp_path / "ddp-seed0.pt", one_process)
+    assert_same(tmp_path / "ddp" / "checkpoint.pt", one_process)
 
 
 def test_two_nodes_resume_after_killed_workers(tmp_path, one_process):
-    path = tmp_path / "ddp-seed0.pt"
+    path = tmp_path / "ddp" / "checkpoint.pt"
     launch = [*TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     launch += ["--rdzv-id", "test", "--local-addr", "127.0.0.1", "--rdzv-conf"]
@@ -120,7 +120,7 @@ def test_two_nodes_resume_after_killed_workers(tmp_path, one_process):
 
 
 def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, one_process):
-    path = tmp_path / "ddp-seed0.pt"
+    path = tmp_path / "ddp" / "checkpoint.pt"
     launch = ["--standalone", "--nproc-per-node", 2]
     options = ["--epochs", EPOCHS, "--save-every", 10, "--output", tmp_path]
     with start(*TORCHRUN, *launch, *EXAMPLE, *options) as agent:
@@ -134,6 +134,10 @@ def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, one_pr
     assert status == 0, output
     assert re.search(rf"resumed from +{path}, epoch {reached}\n", output)
     assert_same(path, one_process)
+    status, output = torchrun(2, *options, "--learning-rate", 0.1)
+    assert status == 1
+    error = f"error: {path.parent} was trained with learning_rate 0.01, not 0.1; delete it"
+    assert output.count(error) == 2, "of each rank"
 
 
 def test_ranks_with_different_options_are_reported(tmp_path):
@@ -183,13 +187,13 @@ def test_fsdp_equals_one_process_on_any_number_of_processes(tmp_path):
         assert status == 0, output
         size = f"{6_562_816 // processes:,}"
         assert re.search(rf"each process +{', '.join([size] * processes)} +ok", output)
-    assert f"{tmp_path}/fsdp-seed0/step-3\n" in output
+    assert f"{tmp_path}/fsdp/step-3\n" in output
     distributed.main(["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps", "6"])
 
-    expected_model, _ = fsdp.train_on_one_process(seed=0, steps=6, device=torch.device("cpu"))
+    expected_model, _ = fsdp.train_on_one_process(fsdp.TrainConfig(steps=6), torch.device("cpu"))
     model = fsdp.build_llama(seed=1, device=torch.device("cpu"))
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path / "fsdp-seed0" / "step-6", no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path / "fsdp" / "step-6", no_dist=True)
     for name, expected in expected_model.state_dict().items():
         torch.testing.assert_close(state["model"][name], expected, rtol=0, atol=1e-9)
 
@@ -208,7 +212,7 @@ def test_failed_save_is_incomplete_and_damaged_shards_get_one_line(tmp_path):
     """A folder in the place of a file stands in for a full disk."""
     options = ["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps"]
     distributed.main([*options, "2"])
-    folder = tmp_path / "fsdp-seed0" / "step-2"
+    folder = tmp_path / "fsdp" / "step-2"
     (shard,) = folder.glob("*.distcp")
     for damage in (lambda: shard.write_bytes(shard.read_bytes()[:1000]), shard.unlink):
         damage()
@@ -231,7 +235,8 @@ def test_weights_that_fail_the_check_are_not_kept(options, tmp_path, monkeypatch
             ["--device", "cpu", "--epochs", "2", "--output", str(tmp_path), *map(str, options)]
         )
     dist.destroy_process_group()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == ["train_config.json"]
 
 
 @pytest.mark.parametrize("options", [[], ["--fsdp", "--steps", 2]])
