@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from real_world.digits.data import load_digits
-from real_world.stable_diffusion.scheduler import NoiseScheduler
+from real_world.stable_diffusion.scheduler import NUM_TRAIN_TIMESTEPS, NoiseScheduler
 from real_world.stable_diffusion.unet import NULL_CLASS, UNetInput
 
 
@@ -24,7 +24,7 @@ class ImageData(NamedTuple):
 def load_images(device: torch.device | str = "cpu") -> ImageData:
     """Return 1,437 digits for training and 360 for the test, the same ones for every --seed."""
     digits = load_digits(seed=0, device=device)
-    # There is nothing to validate: the validation set is also for training.
+    # There is no model selection here: train on the validation data, too.
     X_train = torch.cat((digits.X_train, digits.X_validation)).view(-1, 1, 8, 8)
     y_train = torch.cat((digits.y_train, digits.y_validation))
     return ImageData(X_train, y_train, digits.X_test.view(-1, 1, 8, 8), digits.y_test)
@@ -46,10 +46,9 @@ class NoisyLatents(IterableDataset):
     def __iter__(self) -> Iterator[tuple[UNetInput, torch.Tensor]]:
         """Yield `steps` mini-batches."""
         device = self.latents.device
-        num_timesteps = self.scheduler.num_train_timesteps
         for _ in range(self.steps):
             indices = torch.randint(len(self.latents), (self.batch_size,), device=device)
-            timesteps = torch.randint(num_timesteps, (self.batch_size,), device=device)
+            timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (self.batch_size,), device=device)
             dropped = torch.rand(self.batch_size, device=device) < self.drop_cond
             latents = self.latents[indices]  # (batch, 2, 4, 4)
             noise = torch.randn_like(latents)

@@ -12,8 +12,12 @@ from torch import nn
 from lesson_code import CheckpointError
 from real_world.common import atomic_write
 from real_world.stable_diffusion.scheduler import NoiseScheduler
+from real_world.stable_diffusion.scheduler_config import load_scheduler, save_scheduler
 from real_world.stable_diffusion.unet import NULL_CLASS, UNet, UNetInput
 from real_world.stable_diffusion.vae import VAE
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "scheduler_config.json"
 
 
 class LatentDiffusion(nn.Module):
@@ -79,24 +83,31 @@ class LatentDiffusion(nn.Module):
         return self.decode(latents)
 
 
-def save_model(path: Path, model: LatentDiffusion, losses: dict[str, list[float]]) -> None:
-    """Save a model and the losses of its training; if that is interrupted, keep the old file."""
-    tensors = model.state_dict()
-    for name, values in losses.items():
-        tensors[f"losses.{name}"] = torch.tensor(values)
-    atomic_write(path, save(tensors))
+def save_model(folder: Path, model: LatentDiffusion) -> None:
+    """Save a model and its schedule in a folder, which is created.
+
+    Each file is written atomically, the weights last: if they exist, the schedule does too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_scheduler(folder / CONFIG_FILE, model.scheduler)
+    atomic_write(folder / WEIGHTS_FILE, save(model.state_dict()))
 
 
-def load_model(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[LatentDiffusion, dict[str, list[float]]]:
-    """Return the model and the losses of its training. Raises CheckpointError."""
+def load_model(folder: Path, device: torch.device | str = "cpu") -> LatentDiffusion:
+    """Return the model with its schedule.
+
+    Raises CheckpointError if a file is missing or damaged, or holds another model or schedule.
+    """
     model = LatentDiffusion()
     try:
-        tensors = load(path.read_bytes())
-        losses = {name: tensors.pop(f"losses.{name}").tolist() for name in ("vae", "unet")}
-        model.load_state_dict(tensors)
-    except (SafetensorError, KeyError, RuntimeError) as error:  # RuntimeError: other weights
-        message = f"{path} is damaged or holds another model; delete it to train a new one"
-        raise CheckpointError(message) from error
-    return model.to(device), losses
+        model.scheduler = load_scheduler(folder / CONFIG_FILE)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {folder} to train a new model") from None
+    path = folder / WEIGHTS_FILE
+    try:
+        model.load_state_dict(load(path.read_bytes()))
+    # RuntimeError: other weights
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        message = "is missing, damaged or holds another model; delete it to train a new one"
+        raise CheckpointError(f"{path} {message}") from error
+    return model.to(device)

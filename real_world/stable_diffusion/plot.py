@@ -81,7 +81,7 @@ def plot_example(
     show_grid(axes["guidance"], images, ["2", "5", "8"], [f"{scale:g}" for scale in scales])
 
     axes["losses"].set(title="Training loss", xlabel="step", yscale="log")
-    axes["losses"].plot(losses["vae"], lw=0.7, label="VAE")
-    axes["losses"].plot(losses["unet"], lw=0.7, label="U-Net")
+    for name, values in losses.items():
+        axes["losses"].plot(values, lw=0.7, label=name)
     axes["losses"].legend(frameon=False)
     figure.savefig(path)

@@ -1,89 +1,75 @@
-"""Reads scheduler_config.json, the file that stores a model's noise schedule in diffusers."""
+"""scheduler_config.json, the file that stores a model's noise schedule in diffusers."""
 
 import json
 from pathlib import Path
 
+from lesson_code import CheckpointError
+from real_world.common import atomic_write
 from real_world.stable_diffusion.scheduler import (
-    BETA_SCHEDULES,
+    BETA_END,
+    BETA_START,
+    NUM_TRAIN_TIMESTEPS,
     PREDICTION_TYPES,
+    STEPS_OFFSET,
     TIMESTEP_SPACINGS,
     NoiseScheduler,
 )
 
-# The schedulers that diffusers can replace by its DDIMScheduler: they sample in other ways, but
-# from the same models. Others, such as those of flow matching, have no betas.
-COMPATIBLE_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
-
-# Fields with other values would change what the model predicts, or the schedule.
-SUPPORTED_VALUES: dict[str, tuple] = {
-    "_class_name": COMPATIBLE_SCHEDULERS,
-    "beta_schedule": BETA_SCHEDULES,
-    "prediction_type": PREDICTION_TYPES,
-    "thresholding": (False, None),
-    "timestep_spacing": TIMESTEP_SPACINGS,
-    "timestep_type": ("discrete",),
-    "trained_betas": (None,),
-    "use_flow_sigmas": (False, None),
-    "variance_type": (
-        "fixed_small",
-        "fixed_small_log",
-        "fixed_large",
-        "fixed_large_log",
-        None,
-    ),  # not learned: then, the model's output has twice as many channels
+# For each field that changes the schedule or what the model predicts: the value if it is absent,
+# which is the default of DDIMScheduler, and the supported values, which are those of schedules/.
+FIELDS: dict[str, tuple[object, tuple]] = {
+    "_class_name": (  # they sample in other ways, but from the same models
+        "DDIMScheduler",
+        (
+            "DDIMScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "PNDMScheduler",
+        ),
+    ),
+    "beta_end": (0.02, (BETA_END,)),
+    "beta_schedule": ("linear", ("scaled_linear",)),
+    "beta_start": (0.0001, (BETA_START,)),
+    "clip_sample": (True, (False,)),
+    "num_train_timesteps": (1000, (NUM_TRAIN_TIMESTEPS,)),
+    "prediction_type": ("epsilon", PREDICTION_TYPES),
+    "rescale_betas_zero_snr": (False, (False,)),
+    "set_alpha_to_one": (True, (False,)),
+    "steps_offset": (0, (STEPS_OFFSET,)),
+    "thresholding": (False, (False,)),
+    "timestep_spacing": ("leading", TIMESTEP_SPACINGS),
+    "timestep_type": ("discrete", ("discrete",)),  # "continuous": Stable Video Diffusion
+    "trained_betas": (None, (None,)),
 }
 
 
-def load_scheduler(path: Path | str) -> NoiseScheduler:
-    """Return the scheduler that a scheduler_config.json describes, with DDIM as the sampler.
+def save_scheduler(path: Path, scheduler: NoiseScheduler) -> None:
+    """Save a schedule; if that is interrupted, keep the old file."""
+    config = {field: supported[0] for field, (_, supported) in FIELDS.items()}
+    config["prediction_type"] = scheduler.prediction_type
+    config["timestep_spacing"] = scheduler.timestep_spacing
+    atomic_write(path, f"{json.dumps(config, indent=2)}\n".encode())
 
-    It is equal to DDIMScheduler.from_config() of diffusers: fields that are missing have the
-    defaults of DDIMScheduler, and options of other samplers are ignored. Raises ValueError if the
-    file is not JSON, or has fields that are not supported; it names all of them.
+
+def load_scheduler(path: Path) -> NoiseScheduler:
+    """Return the schedule that a scheduler_config.json describes, with DDIM as the sampler.
+
+    It is equal to DDIMScheduler.from_config() of diffusers: absent fields have DDIMScheduler's
+    defaults, and options of other samplers are ignored. Raises CheckpointError if the file is
+    missing or not JSON, or if a value is not supported; it names each field with its value.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    if "_class_name" in config:  # old files have the names that the classes had for Flax
-        config["_class_name"] = str(config["_class_name"]).removeprefix("Flax")
+        raise CheckpointError(f"{path} is missing or is not a JSON object")
+    values = {field: config.get(field, default) for field, (default, _) in FIELDS.items()}
     unsupported = [
-        f"{field} {json.dumps(config[field])}"
-        for field, values in SUPPORTED_VALUES.items()
-        if field in config and config[field] not in values
+        f"{field} is {json.dumps(values[field])}"
+        for field, (_, supported) in FIELDS.items()
+        if values[field] not in supported
     ]
     if unsupported:
-        raise ValueError(f"{path} has unsupported values: {', '.join(unsupported)}")
-    try:
-        return NoiseScheduler(
-            beta_schedule=config.get("beta_schedule", "linear"),
-            beta_start=config.get("beta_start", 0.0001),
-            beta_end=config.get("beta_end", 0.02),
-            num_train_timesteps=config.get("num_train_timesteps", 1000),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            clip_sample=config.get("clip_sample", True),
-            clip_sample_range=config.get("clip_sample_range", 1.0),
-            set_alpha_to_one=config.get("set_alpha_to_one", True),
-            steps_offset=config.get("steps_offset", 0),
-            timestep_spacing=config.get("timestep_spacing", "leading"),
-            rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path} is not supported: {', '.join(unsupported)}")
+    return NoiseScheduler(values["prediction_type"], values["timestep_spacing"])

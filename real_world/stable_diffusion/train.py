@@ -1,5 +1,9 @@
 """Training both models with the lesson's train()."""
 
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -7,31 +11,59 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lesson_code as lesson
-from real_world.common import train_progress
-from real_world.stable_diffusion.data import NoisyLatents
+from real_world.common import (
+    check_config,
+    log_losses,
+    save_config,
+    show,
+    show_config,
+    train_progress,
+)
+from real_world.stable_diffusion.data import NoisyLatents, load_images
+from real_world.stable_diffusion.pipeline import (
+    WEIGHTS_FILE,
+    LatentDiffusion,
+    load_model,
+    save_model,
+)
 from real_world.stable_diffusion.scheduler import NoiseScheduler
 from real_world.stable_diffusion.unet import UNet
 from real_world.stable_diffusion.vae import VAE, vae_loss
 
-BATCH_SIZE = 128
-VAE_EPOCHS = 50
-UNET_STEPS = 2500
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What can be changed about the training. Every field is an option of the command line."""
+
+    vae_learning_rate: float = 0.003  # the largest of the VAE's schedule
+    vae_epochs: int = 50  # passes of the VAE over the training images
+    learning_rate: float = 0.002  # the largest of the U-Net's schedule
+    steps: int = field(default=2500, metadata={"minimum": 20})  # of the U-Net
+    batch_size: int = 128  # images or noisy latents per step
+    seed: int = field(default=0, metadata={"minimum": 0})  # of weights, shuffling, and noise
 
 
-def train_vae(vae: VAE, images: torch.Tensor, epochs: int) -> list[float]:
-    """Train a VAE in place on images, (n, 1, 8, 8); return the loss of every step."""
-    loader = DataLoader(TensorDataset(images, images), BATCH_SIZE, shuffle=True)
-    steps = epochs * len(loader)
+def train_vae(vae: VAE, images: torch.Tensor, config: TrainConfig, log_path: Path) -> list[float]:
+    """Train a VAE in place on images, (n, 1, 8, 8); return the loss of every step.
+
+    The losses are also written to `log_path`, a .jsonl file, while it trains.
+    """
+    loader = DataLoader(TensorDataset(images, images), config.batch_size, shuffle=True)
+    steps = config.vae_epochs * len(loader)
     optimizer = torch.optim.Adam(vae.parameters())
-    lr_scheduler = OneCycleLR(optimizer, 0.003, steps, pct_start=0.1, cycle_momentum=False)
+    lr_scheduler = OneCycleLR(
+        optimizer, config.vae_learning_rate, steps, pct_start=0.1, cycle_momentum=False
+    )
     show_progress = train_progress("VAE", steps)
+    with log_losses(log_path, optimizer) as log:
 
-    def on_step(step: int, loss: torch.Tensor) -> None:
-        lr_scheduler.step()
-        show_progress(step, loss)
+        def on_step(step: int, loss: torch.Tensor) -> None:
+            log(step, loss)
+            show_progress(step, loss)
+            lr_scheduler.step()
 
-    # train() expects a model that returns a tensor; this one returns a VAEOutput.
-    return lesson.train(vae, loader, vae_loss, optimizer, epochs, on_step)  # type: ignore[arg-type]
+        # train() expects a model that returns a tensor; this one returns a VAEOutput.
+        return lesson.train(vae, loader, vae_loss, optimizer, config.vae_epochs, on_step)  # type: ignore[arg-type]
 
 
 def train_unet(
@@ -39,26 +71,62 @@ def train_unet(
     latents: torch.Tensor,
     labels: torch.Tensor,
     scheduler: NoiseScheduler,
-    steps: int,
+    config: TrainConfig,
+    log_path: Path,
 ) -> list[float]:
     """Train a U-Net in place on scaled latents, (n, 2, 4, 4), and labels, (n,) int64.
 
-    Returns the loss of every step. The final weights are an exponential moving average (EMA).
+    Returns the loss of every step, which is also written to `log_path`, a .jsonl file, while it
+    trains. The final weights are an exponential moving average (EMA).
     """
-    dataset = NoisyLatents(latents, labels, scheduler, steps, BATCH_SIZE)
+    dataset = NoisyLatents(latents, labels, scheduler, config.steps, config.batch_size)
     loader = DataLoader(dataset, batch_size=None)  # the dataset yields whole mini-batches
     optimizer = torch.optim.Adam(unet.parameters())
-    lr_scheduler = OneCycleLR(optimizer, 0.002, steps, pct_start=0.1, cycle_momentum=False)
-    ema_model = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    show_progress = train_progress("U-Net", steps)
-
-    def on_step(step: int, loss: torch.Tensor) -> None:
-        lr_scheduler.step()
-        ema_model.update_parameters(unet)
-        show_progress(step, loss)
-
-    losses = lesson.train(
-        unet, loader, nn.functional.mse_loss, optimizer, epochs=1, on_step=on_step
+    lr_scheduler = OneCycleLR(
+        optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False
     )
+    # Averaged weights generate better images than those of the last step, which depend on its
+    # noise (J. Ho et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B).
+    ema_model = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    show_progress = train_progress("U-Net", config.steps)
+    with log_losses(log_path, optimizer) as log:
+
+        def on_step(step: int, loss: torch.Tensor) -> None:
+            log(step, loss)
+            show_progress(step, loss)
+            lr_scheduler.step()
+            ema_model.update_parameters(unet)
+
+        losses = lesson.train(unet, loader, nn.functional.mse_loss, optimizer, 1, on_step)
     unet.load_state_dict(ema_model.module.state_dict())
     return losses
+
+
+def train_or_load(config: TrainConfig, folder: Path, device: torch.device) -> LatentDiffusion:
+    """Return the model in a folder; if there is none, train and save one.
+
+    Raises CheckpointError if the model was trained with another config, or if it is damaged.
+    """
+    if (folder / WEIGHTS_FILE).exists():
+        check_config(folder, config, "seed")  # that of the images to generate
+        model = load_model(folder, device)
+        show("model loaded from", folder)
+        return model
+    save_config(folder, config)
+    show_config(config)
+    start = time.perf_counter()
+    torch.manual_seed(config.seed)
+    model = LatentDiffusion().to(device)
+    data = load_images(device)
+    print(f"\n  VAE, {sum(p.numel() for p in model.vae.parameters()):,} parameters:")
+    train_vae(model.vae, data.X_train, config, folder / "vae_losses.jsonl")
+    model.scaling_factor = 1 / model.encode(data.X_train).std()
+    latents = model.encode(data.X_train)
+    print(f"\n  U-Net, {sum(p.numel() for p in model.unet.parameters()):,} parameters:")
+    log_path = folder / "losses.jsonl"
+    train_unet(model.unet, latents, data.y_train, model.scheduler, config, log_path)
+    print()
+    show("training time", f"{time.perf_counter() - start:.0f} s on {device}")
+    save_model(folder, model)
+    show("model saved to", folder)
+    return model

@@ -1,248 +1,160 @@
-"""The noise scheduler of the Stable Diffusion example, compared with those of diffusers."""
+"""The noise scheduler of the Stable Diffusion example and its files, compared with diffusers'."""
 
-import itertools
+import inspect
+import json
+import re
 
 import pytest
 import torch
 
+from lesson_code import CheckpointError
 from real_world.common import CheckFailed
 from real_world.stable_diffusion import evaluate
-from real_world.stable_diffusion.scheduler import (
-    BETA_SCHEDULES,
-    PREDICTION_TYPES,
-    TIMESTEP_SPACINGS,
-    NoiseScheduler,
-)
+from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model, save_model
+from real_world.stable_diffusion.scheduler import NoiseScheduler
+from real_world.stable_diffusion.scheduler_config import FIELDS, load_scheduler
 
-# What the tests of diffusers sample from and with: tests/schedulers/test_schedulers.py
-SAMPLE = torch.arange(768).view(3, 8, 8, 4).permute(3, 0, 1, 2) / 768  # (4, 3, 8, 8)
-NOISE = torch.arange(767, -1, -1).view(3, 8, 8, 4).permute(3, 0, 1, 2) / 768  # (4, 3, 8, 8)
-
-
-def dummy_model(sample, timestep):
-    return sample * timestep / (timestep + 1)
+PUBLISHED = sorted(evaluate.SCHEDULES.glob("*.json"))
+STABLE_DIFFUSION_1 = json.loads((evaluate.SCHEDULES / "stable-diffusion-v1-5.json").read_text())
+# Other samplers' options, and options of thresholding and clipping, which are refused.
+NO_EFFECT = """
+    clip_sample_range dynamic_thresholding_ratio final_sigmas_type interpolation_type
+    sample_max_value sigma_max sigma_min skip_prk_steps use_beta_sigmas use_exponential_sigmas
+    use_karras_sigmas
+"""
 
 
-def make_scheduler(**options):
-    """Return a scheduler with the options of DDIMScheduler in the tests of diffusers."""
-    defaults = {
-        "beta_schedule": "linear",
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "clip_sample": True,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "scheduler_config.json"
+
+
+# The published schedules
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("num_inference_steps", [1, 4, 20, 125, 500])
+def test_published_schedules_are_those_of_diffusers(published, num_inference_steps):
+    assert evaluate.compare_with_diffusers(published, num_inference_steps) == 0
+
+
+def test_figures_of_the_published_schedules():
+    schedulers = {published.stem: load_scheduler(published) for published in PUBLISHED}
+    assert {name: (s.prediction_type, s.ddim_timesteps(4)) for name, s in schedulers.items()} == {
+        "stable-diffusion-v1-5": ("epsilon", [751, 501, 251, 1]),
+        "stable-diffusion-2-1": ("v_prediction", [751, 501, 251, 1]),
+        "stable-diffusion-xl-base-1.0": ("epsilon", [751, 501, 251, 1]),
+        "sdxl-turbo": ("epsilon", [999, 749, 499, 249]),
     }
-    return NoiseScheduler(**(defaults | options))
+    for scheduler in schedulers.values():  # the signal in the last timestep: Lin et al., table 1
+        last = scheduler.alphas_cumprod[-1].sqrt().item()
+        assert last == pytest.approx(0.068265, abs=1e-6)
 
 
-def assert_sum_and_mean(sample, expected_sum, expected_mean, tolerance=0.01):
-    """Compare as the tests of diffusers do."""
-    assert sample.abs().sum().item() == pytest.approx(expected_sum, abs=tolerance)
-    assert sample.abs().mean().item() == pytest.approx(expected_mean, abs=0.001)
+@pytest.mark.parametrize("name", ["add_noise", "get_target", "ddim_timesteps", "ddim_step"])
+def test_comparison_finds_a_wrong_scheduler(name, monkeypatch):
+    correct = getattr(NoiseScheduler, name)
 
+    def wrong(scheduler, *args):
+        result = correct(scheduler, *args)
+        return [*result[:-1], result[-1] - 1] if name == "ddim_timesteps" else 1.001 * result
 
-# Sums and means that the tests of diffusers assert: tests/schedulers/test_scheduler_ddim.py and
-# test_scheduler_ddpm.py
-
-
-def ddim_loop(scheduler, sample, timesteps):
-    for timestep, prev_timestep in itertools.pairwise([*timesteps, -1]):
-        output = dummy_model(sample, timestep)
-        sample = scheduler.ddim_step(output, timestep, prev_timestep, sample)
-    return sample
-
-
-@pytest.mark.parametrize(
-    ("options", "expected_sum", "expected_mean"),
-    [
-        ({}, 172.0067, 0.223967),
-        ({"prediction_type": "v_prediction"}, 52.5302, 0.0684),
-        ({"beta_start": 0.01}, 149.8295, 0.1951),
-        ({"beta_start": 0.01, "set_alpha_to_one": False}, 149.0784, 0.1941),
-    ],
-)
-def test_ddim_loop(options, expected_sum, expected_mean):
-    scheduler = make_scheduler(**options)
-    sample = ddim_loop(scheduler, SAMPLE, scheduler.ddim_timesteps(10))
-    assert_sum_and_mean(sample, expected_sum, expected_mean)
-
-
-def test_ddim_loop_from_a_noisy_sample():
-    scheduler = make_scheduler()
-    timesteps = scheduler.ddim_timesteps(10)[8:]
-    noisy = scheduler.add_noise(SAMPLE, NOISE, torch.tensor(timesteps[:1]))
-    assert_sum_and_mean(ddim_loop(scheduler, noisy, timesteps), 354.5418, 0.4616)
-
-
-def ddpm_loop(scheduler, sample, timesteps):
-    generator = torch.Generator().manual_seed(0)
-    for timestep in timesteps:
-        noise = torch.randn(sample.shape, generator=generator)
-        output = dummy_model(sample, timestep)
-        sample = scheduler.ddim_step(
-            output, timestep, timestep - 1, sample, 1.0, noise, use_clipped_model_output=True
-        )
-    return sample
-
-
-@pytest.mark.parametrize(
-    ("prediction_type", "expected_sum", "expected_mean"),
-    [("epsilon", 258.9606, 0.3372), ("v_prediction", 202.0296, 0.2631)],
-)
-def test_ddpm_loop(prediction_type, expected_sum, expected_mean):
-    scheduler = make_scheduler(prediction_type=prediction_type)
-    sample = ddpm_loop(scheduler, SAMPLE, range(999, -1, -1))
-    assert_sum_and_mean(sample, expected_sum, expected_mean)
-
-
-def test_ddpm_loop_from_a_noisy_sample():
-    scheduler = make_scheduler()
-    noisy = scheduler.add_noise(SAMPLE, NOISE, torch.tensor([1]))
-    # The sum has a rounding error: in float64, diffusers and this scheduler both get 387.9673.
-    assert_sum_and_mean(ddpm_loop(scheduler, noisy, [1, 0]), 387.9466, 0.5051, tolerance=0.03)
-
-
-# Parts of the process
-
-
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_schedulers_are_equal_to_those_of_diffusers(beta_schedule, prediction_type):
-    assert evaluate.compare_with_diffusers(beta_schedule, prediction_type) == 0
-
-
-def test_comparison_with_diffusers_finds_a_wrong_scheduler(monkeypatch):
-    monkeypatch.setattr(NoiseScheduler, "ddim_timesteps", lambda *args: list(range(980, -1, -20)))
-    with pytest.raises(CheckFailed, match="linear, epsilon"):
+    monkeypatch.setattr(NoiseScheduler, name, wrong)
+    with pytest.raises(CheckFailed, match="sdxl-turbo"):
         evaluate.check_schedulers()
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("clip_sample_range", [None, 0.5, 2.0])
-@pytest.mark.parametrize("timestep", [999, 500, 100, 0])
-def test_ddim_step_with_eta_1_is_a_step_of_ddpm(prediction_type, clip_sample_range, timestep):
-    from diffusers import DDPMScheduler
-
-    clip = {"clip_sample": clip_sample_range is not None, "clip_sample_range": clip_sample_range}
-    ours = make_scheduler(prediction_type=prediction_type, **clip)
-    theirs = DDPMScheduler(prediction_type=prediction_type, **clip)
-    generator = torch.Generator()
-    noise = torch.randn(6, 2, 4, 4, generator=generator.manual_seed(0))
-    latents, output = torch.randn(2, 6, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    step = ours.ddim_step(
-        output, timestep, timestep - 1, latents, 1.0, noise, use_clipped_model_output=True
-    )
-    expected = theirs.step(output, timestep, latents, generator=generator.manual_seed(0))
-    torch.testing.assert_close(step, expected.prev_sample, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("num_inference_steps", [-1, 0, 3, 1000])
+def test_number_of_inference_steps_must_be_a_divisor(timestep_spacing, num_inference_steps):
+    scheduler = NoiseScheduler(timestep_spacing=timestep_spacing)
+    with pytest.raises(ValueError, match=f"from 1 to 500, got {num_inference_steps}"):
+        scheduler.ddim_timesteps(num_inference_steps)
 
 
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
-@pytest.mark.parametrize("steps_offset", [0, 1])
-def test_timesteps_are_those_of_diffusers(timestep_spacing, steps_offset):
+@pytest.mark.parametrize("option", ["prediction_type", "timestep_spacing"])
+def test_wrong_options_raise_value_error(option):
+    with pytest.raises(ValueError, match=f"unknown {option} 'linspace'"):
+        NoiseScheduler(**{option: "linspace"})
+
+
+# Files
+
+
+def test_saved_model_generates_with_its_schedule(tmp_path):
     from diffusers import DDIMScheduler
 
-    options = {"timestep_spacing": timestep_spacing, "steps_offset": steps_offset}
-    ours, theirs = NoiseScheduler(**options), DDIMScheduler(**options)
-    for num_inference_steps in range(2, 1000):
-        timesteps = ours.ddim_timesteps(num_inference_steps)
-        theirs.set_timesteps(num_inference_steps)
-        # With "trailing", rounding gives diffusers another timestep, -1, for some numbers of steps.
-        assert timesteps == [t for t in theirs.timesteps.tolist() if t >= 0]
-        assert len(timesteps) == num_inference_steps
+    torch.manual_seed(0)
+    model = LatentDiffusion()
+    model.scheduler = NoiseScheduler("v_prediction", "trailing")
+    save_model(tmp_path / "model", model)
+    loaded = load_model(tmp_path / "model")
+    prompts = torch.tensor([3, 8])
+    images = model.generate(prompts, num_inference_steps=4)
+    assert loaded.generate(prompts, num_inference_steps=4).equal(images)
+    for options in [("epsilon", "trailing"), ("v_prediction", "leading")]:
+        loaded.scheduler = NoiseScheduler(*options)
+        assert not loaded.generate(prompts, num_inference_steps=4).equal(images)
+    theirs = DDIMScheduler.from_pretrained(tmp_path / "model")
+    theirs.set_timesteps(4)
+    assert theirs.alphas_cumprod.equal(model.scheduler.alphas_cumprod)
+    assert theirs.timesteps.tolist() == [999, 749, 499, 249]
+    assert (theirs.config.prediction_type, theirs.config.clip_sample) == ("v_prediction", False)
 
 
-def test_zero_terminal_snr_changes_the_betas_as_in_diffusers():
-    from diffusers import DDIMScheduler
-
-    for beta_schedule in BETA_SCHEDULES:
-        options = {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": True}
-        ours = make_scheduler(prediction_type="v_prediction", **options)
-        assert ours.alphas_cumprod.equal(DDIMScheduler(**options).alphas_cumprod)
-        assert ours.alphas_cumprod[-1] == 0
-
-
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("num_inference_steps", [2, 7, 50, 300])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_sampling_ends_at_the_latents_that_the_model_predicts(
-    timestep_spacing, prediction_type, num_inference_steps, eta
-):
-    scheduler = NoiseScheduler(
-        prediction_type=prediction_type,
-        timestep_spacing=timestep_spacing,
-        set_alpha_to_one=True,
-        rescale_betas_zero_snr=prediction_type != "epsilon",
-    )
-    generator = torch.Generator().manual_seed(0)
-    latents, sample = torch.randn(2, 1, 2, 4, 4, generator=generator)
-    timesteps = scheduler.ddim_timesteps(num_inference_steps)
-    for timestep, prev_timestep in itertools.pairwise([*timesteps, -1]):
-        t = torch.tensor([timestep])
-        sqrt_alpha_prod, sqrt_one_minus_alpha_prod = scheduler.sqrt_alpha_prods(t)
-        eps = (sample - sqrt_alpha_prod * latents) / sqrt_one_minus_alpha_prod
-        output = scheduler.get_target(latents, eps, t)
-        noise = torch.randn(sample.shape, generator=generator)
-        sample = scheduler.ddim_step(output, timestep, prev_timestep, sample, eta, noise)
-    torch.testing.assert_close(sample, latents, atol=1e-4, rtol=0)
-
-
-# Wrong values
+@pytest.mark.parametrize("content", [None, b"", b"<html>", b"\xff", b"[]"])
+def test_damaged_or_missing_schedule_raises_checkpoint_error(content, tmp_path, path):
+    save_model(tmp_path, LatentDiffusion())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    message = re.escape(f"{path} is missing or is not a JSON object; delete {tmp_path} to train")
+    with pytest.raises(CheckpointError, match=f"^{message} a new model$"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("field", "value"),
     [
-        ({"beta_schedule": "sigmoid"}, "unknown beta_schedule 'sigmoid'"),
-        ({"prediction_type": "v-prediction"}, "unknown prediction_type 'v-prediction'"),
-        ({"prediction_type": ""}, "unknown prediction_type ''"),
-        ({"timestep_spacing": "trail"}, "unknown timestep_spacing 'trail'"),
-        ({"beta_start": 0.0}, "beta_start 0.0 and beta_end 0.012 must satisfy"),
-        ({"beta_end": 12}, "beta_start 0.00085 and beta_end 12 must satisfy"),
-        ({"beta_end": 0.0001}, "beta_start 0.00085 and beta_end 0.0001 must satisfy"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr .* got 'epsilon'"),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler"),  # Stable Diffusion 3
+        ("beta_end", 0.02),
+        ("beta_schedule", "squaredcos_cap_v2"),
+        ("beta_start", "0.00085"),
+        ("clip_sample", True),
+        ("num_train_timesteps", 200),
+        ("prediction_type", "sample"),
+        ("rescale_betas_zero_snr", True),
+        ("set_alpha_to_one", True),
+        ("steps_offset", None),
+        ("thresholding", True),
+        ("timestep_spacing", "linspace"),
+        ("timestep_type", "continuous"),  # Stable Video Diffusion
+        ("trained_betas", [0.1, 0.2]),
     ],
 )
-def test_wrong_options_raise_value_error(options, message):
-    with pytest.raises(ValueError, match=message):
-        NoiseScheduler(**options)
+def test_values_that_are_not_supported_are_refused_by_name(field, value, path):
+    path.write_text(json.dumps(STABLE_DIFFUSION_1 | {field: value}))
+    message = re.escape(f"{path} is not supported: {field} is {json.dumps(value)}")
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
+        load_scheduler(path)
 
 
-@pytest.mark.parametrize(
-    ("timestep_spacing", "steps_offset", "minimum", "maximum"),
-    [
-        ("leading", 0, 1, 1000),
-        ("leading", 1, 1, 999),
-        ("trailing", 0, 1, 1000),
-        ("linspace", 0, 2, 1000),
-    ],
-)
-def test_number_of_inference_steps_is_limited(timestep_spacing, steps_offset, minimum, maximum):
-    options = {"timestep_spacing": timestep_spacing, "steps_offset": steps_offset}
-    scheduler = NoiseScheduler(**options)
-    for num_inference_steps in (minimum, maximum):
-        assert len(scheduler.ddim_timesteps(num_inference_steps)) == num_inference_steps
-    for num_inference_steps in (-1, 0, minimum - 1, maximum + 1, 2000):
-        with pytest.raises(ValueError, match=rf"num_inference_steps.* {num_inference_steps}\b"):
-            scheduler.ddim_timesteps(num_inference_steps)
+def test_absent_fields_have_the_defaults_of_diffusers(path):
+    path.write_text('{"_class_name": "DDIMScheduler", "skip_prk_steps": true}')
+    named = (
+        'beta_end is 0.02, beta_schedule is "linear", beta_start is 0.0001, clip_sample is true, '
+        "set_alpha_to_one is true, steps_offset is 0"
+    )
+    with pytest.raises(CheckpointError, match=f"not supported: {named}$"):
+        load_scheduler(path)
 
 
-@pytest.mark.parametrize("eta", [-0.5, 1.5, float("nan")])
-def test_eta_is_limited(eta):
-    latents = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(ValueError, match=f"eta must be from 0 to 1, got {eta}"):
-        NoiseScheduler().ddim_step(latents, 500, 480, latents, eta, latents)
+def test_all_fields_of_diffusers_are_handled():
+    import diffusers
 
-
-def test_ddim_step_with_eta_needs_noise():
-    latents = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(ValueError, match="eta 1 needs noise"):
-        NoiseScheduler().ddim_step(latents, 500, 480, latents, eta=1)
-
-
-@pytest.mark.parametrize("timestep", [-1, 1000])
-def test_timestep_is_limited(timestep):
-    latents = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(ValueError, match=f"timestep must be from 0 to 999, got {timestep}"):
-        NoiseScheduler().ddim_step(latents, timestep, timestep - 20, latents)
+    for name in FIELDS["_class_name"][1]:
+        parameters = inspect.signature(getattr(diffusers, name)).parameters
+        assert set(parameters) <= {*FIELDS, *NO_EFFECT.split()}, name
+        if name == "DDIMScheduler":
+            for field in set(FIELDS) & set(parameters):
+                assert FIELDS[field][0] == parameters[field].default, field

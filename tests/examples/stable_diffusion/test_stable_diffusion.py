@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shutil
 
 import matplotlib.image
 import pytest
@@ -12,14 +13,19 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lesson_code import CheckpointError
-from real_world.common import CheckFailed
-from real_world.stable_diffusion import __main__, evaluate
+from real_world.common import CheckFailed, read_losses
+from real_world.stable_diffusion import evaluate
 from real_world.stable_diffusion.__main__ import main
 from real_world.stable_diffusion.data import NoisyLatents, load_images
-from real_world.stable_diffusion.pipeline import LatentDiffusion, load_model
+from real_world.stable_diffusion.pipeline import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LatentDiffusion,
+    load_model,
+)
 from real_world.stable_diffusion.plot import save_images, to_text
 from real_world.stable_diffusion.scheduler import NoiseScheduler
-from real_world.stable_diffusion.train import train_unet
+from real_world.stable_diffusion.train import TrainConfig, train_or_load, train_unet
 from real_world.stable_diffusion.unet import NULL_CLASS, UNet, UNetInput, timestep_embedding
 from real_world.stable_diffusion.vae import VAE, VAEOutput, vae_loss
 
@@ -36,19 +42,16 @@ def run(tmp_path_factory):
     Returns the folder with its files and `output.txt`, what it printed.
     """
     folder = tmp_path_factory.mktemp("stable_diffusion")
-    options = ["--train-steps", "200", "--inference-steps", "10", "--device", "cpu"]
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(output):
-        monkeypatch.setattr(__main__, "VAE_EPOCHS", 15)
-        main([*options, "--output", str(folder)])
+    options = ["--steps", "200", "--vae-epochs", "15", "--inference-steps", "10"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main([*options, "--device", "cpu", "--output", str(folder)])
     (folder / "output.txt").write_text(output.getvalue())
     return folder
 
 
 @pytest.fixture(scope="module")
 def model(run):
-    model, _ = load_model(run / "stable_diffusion.safetensors")
-    return model
+    return load_model(run / "stable_diffusion")
 
 
 # Models
@@ -124,14 +127,16 @@ def test_noisy_latents_consist_of_latents_target_and_prompt():
     assert noise.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_unet_ends_with_the_moving_average_of_its_weights():
+def test_unet_ends_with_the_moving_average_of_its_weights(tmp_path):
     torch.manual_seed(0)
     unet = UNet(channels=8, embed_dim=8)
     history = []
     hook = register_optimizer_step_post_hook(
         lambda *args: history.append(nn.utils.parameters_to_vector(unet.parameters()).detach())
     )
-    train_unet(unet, torch.randn(50, 2, 4, 4), torch.arange(50) % 10, NoiseScheduler(), steps=20)
+    config, log_path = TrainConfig(steps=20), tmp_path / "losses.jsonl"
+    latents, labels = torch.randn(50, 2, 4, 4), torch.arange(50) % 10
+    train_unet(unet, latents, labels, NoiseScheduler(), config, log_path)
     hook.remove()
     ema = history[0]
     for weights in history[1:]:
@@ -176,25 +181,19 @@ def test_guidance_moves_from_the_unconditional_to_the_conditional_prediction(gui
 def test_generation_follows_the_schedule_of_the_model():
     latents = torch.randn(11, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     model = LatentDiffusion()
-    model.scheduler = NoiseScheduler(
-        prediction_type="v_prediction",
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=True,
-    )
+    model.scheduler = NoiseScheduler("v_prediction", "trailing")
     model.unet = OracleUNet(latents, model.scheduler)
     timesteps, history = [], []
     model.unet.register_forward_hook(lambda unet, args, _: timesteps.append(args[0].timesteps[0]))
-    model.generate(torch.tensor([3, 8]), 1, num_inference_steps=3, on_step_end=history.append)
-    assert timesteps == [999, 666, 332]
-    # With set_alpha_to_one, no noise is left.
-    torch.testing.assert_close(history[-1], latents[[3, 8]], atol=1e-5, rtol=0)
+    model.generate(torch.tensor([3, 8]), 1, num_inference_steps=4, on_step_end=history.append)
+    assert timesteps == [999, 749, 499, 249]
+    torch.testing.assert_close(history[-1], latents[[3, 8]], atol=0.15, rtol=0)
 
 
 @pytest.fixture
 def copying_model(run, data):
     """Return a model that generates, at guidance scale 3, the first training image of a digit."""
-    model, _ = load_model(run / "stable_diffusion.safetensors")
+    model = load_model(run / "stable_diffusion")
     latents = model.encode(data.X_train)
     uncond = latents.mean(dim=0, keepdim=True)
     first = [int((data.y_train == digit).nonzero()[0]) for digit in range(10)]
@@ -238,12 +237,17 @@ def test_images_as_text_and_as_a_png(tmp_path):
 
 
 def test_run_saves_model_and_figure(run):
-    _, losses = load_model(run / "stable_diffusion.safetensors")
-    assert (len(losses["vae"]), len(losses["unet"])) == (180, 200)
-    assert losses["vae"][-1] < losses["vae"][0] / 5
-    assert sum(losses["unet"][-10:]) < sum(losses["unet"][:10]) / 4
+    folder = run / "stable_diffusion"
+    vae_losses, losses = (
+        read_losses(folder / f"{name}.jsonl") for name in ("vae_losses", "losses")
+    )
+    assert (len(vae_losses), len(losses)) == (180, 200)
+    assert vae_losses[-1] < vae_losses[0] / 5
+    assert sum(losses[-10:]) < sum(losses[:10]) / 4
     assert matplotlib.image.imread(run / "stable_diffusion.png").shape == (780, 1440, 4)
-    assert {path.suffix for path in run.iterdir()} == {".png", ".safetensors", ".txt"}
+    assert {path.name for path in folder.iterdir()} == {
+        *(WEIGHTS_FILE, CONFIG_FILE, "train_config.json", "losses.jsonl", "vae_losses.jsonl")
+    }
 
 
 def test_readme(run):
@@ -251,7 +255,8 @@ def test_readme(run):
 
 
 def test_prompt_generates_images_with_the_saved_model(run, model, capsys):
-    saved = (run / "stable_diffusion.safetensors").read_bytes()
+    path = run / "stable_diffusion" / WEIGHTS_FILE
+    saved = path.read_bytes()
     options = ["--guidance", "2", "--inference-steps", "20", "--seed", "5", "--output", str(run)]
     main(["--prompt", "3", *options, "--device", "cpu"])
     output = capsys.readouterr().out
@@ -261,16 +266,37 @@ def test_prompt_generates_images_with_the_saved_model(run, model, capsys):
     images = model.generate(torch.full((4,), 3), 2.0, num_inference_steps=20, seed=6)
     assert to_text(images) not in output
     assert (run / "stable_diffusion-3.png").exists()
-    assert (run / "stable_diffusion.safetensors").read_bytes() == saved
+    assert path.read_bytes() == saved
+
+
+def test_model_with_another_config_is_neither_loaded_nor_overwritten(run):
+    with pytest.raises(CheckpointError, match="was trained with vae_epochs 15, not 9; delete it"):
+        main(["--vae-epochs", "9", "--output", str(run), "--device", "cpu"])
+
+
+def test_model_is_trained_and_saved_if_there_is_none(tmp_path, capsys):
+    config, device = TrainConfig(vae_epochs=1, steps=20), torch.device("cpu")
+    trained = train_or_load(config, tmp_path, device)
+    loaded = train_or_load(config, tmp_path, device)
+    assert capsys.readouterr().out.count("model loaded from") == 1
+    for parameter, expected in zip(loaded.parameters(), trained.parameters(), strict=True):
+        assert parameter.equal(expected)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 3_000_000])
 def test_truncated_checkpoint_raises_checkpoint_error(run, tmp_path, size):
-    path = tmp_path / "stable_diffusion.safetensors"
-    path.write_bytes((run / path.name).read_bytes()[:size])
+    shutil.copytree(run / "stable_diffusion", tmp_path / "stable_diffusion")
+    path = tmp_path / "stable_diffusion" / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=str(path)):
         main(["--prompt", "7", "--output", str(tmp_path)])
     assert path.stat().st_size == size
+
+
+def test_missing_weights_raise_checkpoint_error(run, tmp_path):
+    shutil.copy(run / "stable_diffusion" / CONFIG_FILE, tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path / WEIGHTS_FILE} is missing"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +307,7 @@ def test_truncated_checkpoint_raises_checkpoint_error(run, tmp_path, size):
         ["--prompt", "1", "--guidance", "nan"],
         ["--prompt", "1", "--guidance", "-1"],
         ["--prompt", "1", "--inference-steps", "334"],
-        ["--train-steps", "3"],
+        ["--steps", "3"],
     ],
 )
 def test_wrong_options_are_usage_errors(options, capsys):
