@@ -8,37 +8,28 @@ train() fine-tunes two pretrained models: SmolLM2, which is a Llama, and the dif
 stable_diffusion example. Their weights stay as they are; an adapter is trained and saved.
 """
 
-import argparse
-
-from real_world.common import bounded_int, make_parser, print_heading, run_cli, show
-from real_world.lora.llama import finetune_llama
-from real_world.lora.stable_diffusion import finetune_stable_diffusion
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser("lora", "Fine-tuning of two pretrained models with LoRA.")
-    add = parser.add_argument
-    add("--only", choices=("llama", "stable_diffusion"), help="fine-tune one model (default: both)")
-    steps = "training steps, at least 20 (default: 30 for llama, 300 for stable_diffusion)"
-    add("--steps", metavar="N", type=bounded_int(20), help=steps)
-    add("--rank", metavar="R", type=bounded_int(1, 64), default=8, help="default: 8")
-    parser.set_defaults(train_steps=None)  # for the base model, stable_diffusion's own default
-    return parser.parse_args(argv)
+from real_world.common import make_parser, print_heading, run_cli, show, with_options
+from real_world.lora.llama import LLAMA_CONFIG, finetune_llama
+from real_world.lora.stable_diffusion import DIFFUSION_CONFIG, finetune_stable_diffusion
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    about = "Fine-tuning of two pretrained models, Llama and Stable Diffusion, with LoRA."
+    parser = make_parser("lora", about, LLAMA_CONFIG, DIFFUSION_CONFIG)
+    text = "fine-tune one model (default: both)"
+    parser.add_argument("--only", choices=("llama", "stable_diffusion"), help=text)
+    args = parser.parse_args(argv)
     print_heading(
         "LoRA: fine-tuning with few parameters",
         "Stability AI's Stable Diffusion fine-tuning pipelines",
     )
-    args.output.mkdir(parents=True, exist_ok=True)
     llama = digits = None
     if args.only != "stable_diffusion":
-        llama = finetune_llama(args)
+        llama = finetune_llama(with_options(LLAMA_CONFIG, args), args.output, args.device)
         print()
     if args.only != "llama":
-        digits = finetune_stable_diffusion(args)
+        config = with_options(DIFFUSION_CONFIG, args)
+        digits = finetune_stable_diffusion(config, args.output, args.device)
         print()
     if not args.no_figure:
         from real_world.lora.plot import plot_lora

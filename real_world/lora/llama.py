@@ -1,6 +1,5 @@
 """SmolLM2, a pretrained Llama, is fine-tuned on Python's language reference."""
 
-import argparse
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -9,24 +8,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from real_world.common import check, show
+from real_world.common import check, save_config, show, show_config
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.data import load_corpus, train_val_split
 from real_world.llama.generate import GREEDY, stream_generate
 from real_world.llama.model import Llama
 from real_world.llama.pretrained import download_smollm2
 from real_world.llama.tokenizer import Tokenizer, load_tokenizer
-from real_world.llama.train import (
-    BATCH_SIZE,
-    CONTEXT_LENGTH,
-    evaluate,
-    next_token_loss,
-    train_llama,
-)
+from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train_llama
+from real_world.lora.config import FinetuneConfig
 from real_world.lora.lora import LoraConfig, apply_lora
 from real_world.lora.verify import check_adapter, count_parameters, show_parameters
 
-STEPS = 30
+LLAMA_CONFIG = FinetuneConfig(learning_rate=0.003, steps=30, batch_size=8)
+CONTEXT_LENGTH = TrainConfig.context_length
 TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)
 EVAL_TOKENS = 4096
 # The start of a page that the reference does not have: Python does not have this statement.
@@ -64,7 +59,7 @@ def training_costs(model: Llama) -> tuple[int, int, float]:
     """
     trainable = count_parameters(model, trainable_only=True)
     X = torch.zeros(1, CONTEXT_LENGTH, dtype=torch.int64, device=model.lm_head.weight.device)
-    # The counter does not know the CPU's fused attention: use the one of matrix products.
+    # The counter does not know the CPU's fused attention: use the math backend.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         next_token_loss(model(X), X).backward()
     model.zero_grad()
@@ -82,33 +77,38 @@ def print_costs(model: Llama, base_model: Llama) -> None:
     print()
 
 
-def finetune_llama(args: argparse.Namespace) -> LlamaResult:
-    """Train an adapter, evaluate it on the validation text, and save it."""
+def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -> LlamaResult:
+    """Train an adapter, evaluate it on the validation text, and save it in `output`/lora/llama."""
     print("  Llama: SmolLM2-135M-Instruct on Python's language reference")
-    folder = download_smollm2(args.output)
-    model = load_pretrained(folder, args.device)
+    folder = download_smollm2(output)
+    model = load_pretrained(folder, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     text = load_corpus().numpy().tobytes().decode()
     train_tokens, validation_tokens = train_val_split(torch.tensor(tokenizer.encode(text)))
-    X = validation_tokens[None, :CONTEXT_LENGTH].to(args.device)  # (1, context_length)
+    X = validation_tokens[None, :CONTEXT_LENGTH].to(device)  # (1, context_length)
     with torch.no_grad():
         logits = model(X)
 
-    torch.manual_seed(args.seed)
-    config = LoraConfig(TARGET_MODULES, r=args.rank, lora_alpha=2 * args.rank)
-    apply_lora(model, config)
-    show_parameters(model, config)
+    torch.manual_seed(config.seed)
+    lora_config = LoraConfig(TARGET_MODULES, r=config.rank, lora_alpha=2 * config.rank)
+    apply_lora(model, lora_config)
+    show_parameters(model, lora_config)
     with torch.no_grad():
         unchanged = model(X).equal(logits)
     check("output before training", "equal to the base model's", unchanged)
     show("training + validation", f"{len(train_tokens):,} + {len(validation_tokens):,} tokens")
-    loss_before = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
+    train_config = TrainConfig(
+        config.learning_rate, config.batch_size, steps=config.steps, seed=config.seed
+    )
+    loss_before = evaluate(model, validation_tokens[: EVAL_TOKENS + 1], train_config)
     sample_before = print_sample("Generated before training", model, tokenizer)
 
-    steps = args.steps or STEPS
-    print(f"\n  Training, {steps} steps of {BATCH_SIZE} x {CONTEXT_LENGTH} tokens on {args.device}")
-    losses = train_llama(model, train_tokens, steps, args.seed)
-    loss_after = evaluate(model, validation_tokens[: EVAL_TOKENS + 1])
+    print(f"\n  Training on {device}")
+    show_config(config)
+    adapter_folder = output / "lora" / "llama"
+    save_config(adapter_folder, config)
+    losses = train_llama(model, train_tokens, train_config, adapter_folder)
+    loss_after = evaluate(model, validation_tokens[: EVAL_TOKENS + 1], train_config)
     sample_after = print_sample("Generated after training", model, tokenizer)
 
     print()
@@ -117,8 +117,7 @@ def finetune_llama(args: argparse.Namespace) -> LlamaResult:
     evaluated = tokenizer.decode(validation_tokens[1 : EVAL_TOKENS + 1].tolist())
     per_byte = EVAL_TOKENS / len(evaluated.encode())
     show("", f"{per_byte * loss_before:.4f} -> {per_byte * loss_after:.4f} nats per byte")
-    base_model = load_pretrained(folder, args.device)
-    adapter_folder: Path = args.output / "lora" / "llama"
+    base_model = load_pretrained(folder, device)
     print_costs(model, base_model)
-    check_adapter(model, base_model, config, adapter_folder, X)
+    check_adapter(model, base_model, lora_config, adapter_folder, X)
     return LlamaResult(losses, loss_before, loss_after, sample_before, sample_after)

@@ -1,24 +1,24 @@
-"""The digits' diffusion model learns from twenty images to write one digit mirrored."""
+"""LoRA on twenty mirrored images of one digit, for the digits' diffusion model."""
 
-import argparse
 import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import lesson_code as lesson
-from real_world.common import check, show
+from real_world.common import check, load_config, save_config, show, show_config
 from real_world.lora.attention import split_attention
+from real_world.lora.config import FinetuneConfig
 from real_world.lora.lora import LoraConfig, apply_lora
 from real_world.lora.verify import check_adapter, show_parameters
-from real_world.stable_diffusion.__main__ import load_or_train
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import nearest_distances, train_classifier
 from real_world.stable_diffusion.pipeline import LatentDiffusion
-from real_world.stable_diffusion.train import BATCH_SIZE, train_unet
+from real_world.stable_diffusion.train import TrainConfig, train_or_load, train_unet
 from real_world.stable_diffusion.unet import UNetInput
 
-STEPS = 300
+DIFFUSION_CONFIG = FinetuneConfig(learning_rate=0.002, steps=300, batch_size=128)
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out")  # all linear layers of the attention
 DIGIT = 7
 NUM_IMAGES = 20
@@ -63,44 +63,56 @@ class Evaluation:
         return self.mirrored_fraction(images[adapted]), accuracy
 
 
-def finetune_stable_diffusion(args: argparse.Namespace) -> DigitsResult:
-    """Train an adapter on twenty images, compare generated digits, and save it."""
-    print(f"  Stable Diffusion: the prompt {DIGIT}, from {NUM_IMAGES} mirrored images")
-    model, _ = load_or_train(args)
-    data = load_images(args.device)
-    train_images = mirror(data.X_train[data.y_train == DIGIT][:NUM_IMAGES])
-    labels = torch.full((NUM_IMAGES,), DIGIT, device=args.device)
-    prompts = torch.arange(10, device=args.device).repeat_interleave(SAMPLES)
-    evaluate = Evaluation(model)
-    images_before = model.generate(prompts, seed=args.seed)
+def finetune_stable_diffusion(
+    config: FinetuneConfig, output: Path, device: torch.device
+) -> DigitsResult:
+    """Train an adapter on twenty images, compare generated digits, and save it.
 
-    torch.manual_seed(args.seed)
+    It is saved in `output`/lora/stable_diffusion; the base model is in `output`/stable_diffusion.
+    """
+    print(f"  Stable Diffusion: the prompt {DIGIT}, from {NUM_IMAGES} mirrored images")
+    base_folder = output / "stable_diffusion"
+    model = train_or_load(load_config(base_folder, TrainConfig()), base_folder, device)
+    data = load_images(device)
+    train_images = mirror(data.X_train[data.y_train == DIGIT][:NUM_IMAGES])
+    labels = torch.full((NUM_IMAGES,), DIGIT, device=device)
+    prompts = torch.arange(10, device=device).repeat_interleave(SAMPLES)
+    evaluate = Evaluation(model)
+    images_before = model.generate(prompts, seed=config.seed)
+
+    torch.manual_seed(config.seed)
     split_attention(model.unet)
     base_unet = copy.deepcopy(model.unet)
-    config = LoraConfig(TARGET_MODULES, r=args.rank, lora_alpha=2 * args.rank)
-    apply_lora(model.unet, config)
-    show_parameters(model.unet, config)
+    lora_config = LoraConfig(TARGET_MODULES, r=config.rank, lora_alpha=2 * config.rank)
+    apply_lora(model.unet, lora_config)
+    show_parameters(model.unet, lora_config)
     timesteps = 100 * data.y_test  # any timesteps, for comparisons
     X = UNetInput(model.encode(data.X_test), timesteps, data.y_test)
     with torch.no_grad():
         unchanged = model.unet(X).equal(base_unet(X))
     check("output before training", "equal to the base model's", unchanged)
 
-    steps = args.steps or STEPS
-    print(f"\n  Training, {steps} steps of {BATCH_SIZE} noisy latents on {args.device}")
+    print(f"\n  Training on {device}")
+    show_config(config)
+    adapter_folder = output / "lora" / "stable_diffusion"
+    save_config(adapter_folder, config)
     latents = model.encode(train_images)
-    losses = train_unet(model.unet, latents, labels, model.scheduler, steps)
-    images_after = model.generate(prompts, seed=args.seed)
+    train_config = TrainConfig(
+        learning_rate=config.learning_rate, steps=config.steps, batch_size=config.batch_size
+    )
+    log_path = adapter_folder / "losses.jsonl"
+    losses = train_unet(model.unet, latents, labels, model.scheduler, train_config, log_path)
+    images_after = model.generate(prompts, seed=config.seed)
 
     mirrored_before, accuracy_before = evaluate(images_before, prompts)
     mirrored, accuracy = evaluate(images_after, prompts)
     print()
     value = f"{mirrored_before:.0%} -> {mirrored:.0%} mirrored"
-    if steps < STEPS:
+    if config.steps < DIFFUSION_CONFIG.steps:
         show(f"prompt {DIGIT}", value)
     else:
         check(f"prompt {DIGIT}", value, mirrored_before < 0.1 and mirrored > 0.9)
     value = f"{accuracy_before:.1%} -> {accuracy:.1%} as prompted"
     check("the other prompts", value, accuracy > accuracy_before - 0.05)
-    check_adapter(model.unet, base_unet, config, args.output / "lora" / "stable_diffusion", X)
+    check_adapter(model.unet, base_unet, lora_config, adapter_folder, X)
     return DigitsResult(losses, train_images, images_before, images_after)

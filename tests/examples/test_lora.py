@@ -19,13 +19,12 @@ from real_world.llama.config import LLAMA_TINY
 from real_world.llama.model import Llama
 from real_world.llama.parity import CONFIGS, to_transformers
 from real_world.lora import stable_diffusion
-from real_world.lora.__main__ import main, parse_args
+from real_world.lora.__main__ import main
 from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from real_world.lora.attention import split_attention
 from real_world.lora.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
 from real_world.lora.stable_diffusion import TARGET_MODULES, mirror
 from real_world.lora.verify import check_adapter, count_parameters
-from real_world.stable_diffusion.__main__ import load_or_train
 from real_world.stable_diffusion.pipeline import LatentDiffusion, save_model
 from real_world.stable_diffusion.unet import UNet, UNetInput
 
@@ -250,7 +249,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
     save_pretrained(Llama(dataclasses.replace(LLAMA_TINY, num_hidden_layers=1)), folder / "smollm2")
-    save_model(folder / "stable_diffusion.safetensors", LatentDiffusion(), {"vae": [], "unet": []})
+    save_model(folder / "stable_diffusion", LatentDiffusion())
     return folder
 
 
@@ -276,17 +275,6 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
     assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
 
 
-def test_base_model_is_trained_and_saved_if_there_is_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("real_world.stable_diffusion.__main__.VAE_EPOCHS", 1)
-    monkeypatch.setattr("real_world.stable_diffusion.__main__.UNET_STEPS", 20)
-    args = parse_args(["--output", str(tmp_path), "--device", "cpu"])
-    trained, _ = load_or_train(args)
-    loaded, _ = load_or_train(args)
-    assert capsys.readouterr().out.count("model loaded from") == 1
-    for parameter, expected in zip(loaded.parameters(), trained.parameters(), strict=True):
-        assert parameter.equal(expected)
-
-
 def test_readme_shows_the_layer():
     readme = (REAL_WORLD / "lora" / "README.md").read_text(encoding="utf-8")
     shown = readme.split("```python\n")[1].split("```")[0]
@@ -303,6 +291,6 @@ def test_mirror_exchanges_left_and_right():
 )
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as error:
-        parse_args(options)
+        main(options)
     assert error.value.code == 2
     assert f"error: argument {options[0]}: " in capsys.readouterr().err
