@@ -3,6 +3,7 @@
     python -m real_world.training_loop
 
 The loops are in loops.py. Compared loops start from the same weights and use the same mini-batches.
+At the end, torch.profiler shows where the time of train() itself goes.
 """
 
 import math
@@ -19,7 +20,8 @@ from real_world.digits.data import Digits, load_digits
 from real_world.digits.model import build_model
 from real_world.training_loop import loops
 from real_world.training_loop.losses import cumulative_share, focal_loss
-from real_world.training_loop.model import MultiTaskModel
+from real_world.training_loop.model import MultiTaskModel, build
+from real_world.training_loop.profiling import time_of_a_step
 
 EPOCHS = 20
 BATCH_SIZE = 128
@@ -47,7 +49,7 @@ def custom_loss(digits: Digits, seed: int) -> Curves:
     """Return the cumulative shares of cross-entropy and of focal loss."""
     print("\n  1. Custom loss function: focal loss. train_with_focal_loss()")
     X, y = digits.X_train, digits.y_train
-    model, optimizer = build_model(seed, X.device)
+    model, optimizer = build(seed, X.device)
     logits = model(X)
     difference = abs(focal_loss(logits, y, gamma=0) - cross_entropy(logits, y)).item()
     check("gamma 0 is cross-entropy", f"difference {difference:.1e}", difference < 1e-6)
@@ -60,10 +62,10 @@ def custom_loss(digits: Digits, seed: int) -> Curves:
     shares = f"{focal_share[tenth]:.0%} of focal loss, {ce_share[tenth]:.0%} of cross-entropy"
     check("share of the hardest 10%", shares, focal_share[tenth] > ce_share[tenth])
 
-    model, optimizer = build_model(seed, X.device)
+    model, optimizer = build(seed, X.device)
     losses = lesson.train(model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS)
     show("cross-entropy", summary(losses, model, digits))
-    model, optimizer = build_model(seed, X.device)
+    model, optimizer = build(seed, X.device)
     losses = loops.train_with_focal_loss(model, make_loader(seed, X, y), optimizer, EPOCHS)
     show("focal loss (another scale)", summary(losses, model, digits))
     return {"cross-entropy": ce_share, "focal loss": focal_share}
@@ -74,12 +76,12 @@ def gradient_clipping(digits: Digits, seed: int) -> Curves:
     print("\n  2. Gradient clipping: SGD, lr 0.3, pixels from 0 to 16. train_with_clipping()")
     digits = digits._replace(X_train=digits.X_train * 16, X_test=digits.X_test * 16)
     X, y = digits.X_train, digits.y_train
-    model, _ = build_model(seed, X.device)
+    model = build_model(seed, X.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     plain = lesson.train(model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS)
     check("without clipping", summary(plain, model, digits), epoch_means(plain)[-1] > 2)
 
-    model, _ = build_model(seed, X.device)
+    model = build_model(seed, X.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     clipped, norms = loops.train_with_clipping(
         model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS, max_norm=1.0
@@ -87,7 +89,7 @@ def gradient_clipping(digits: Digits, seed: int) -> Curves:
     check("max_norm 1", summary(clipped, model, digits), epoch_means(clipped)[-1] < 0.1)
     show("steps with a norm above 1", f"{sum(norm > 1 for norm in norms)} of {len(norms)}")
 
-    model, _ = build_model(seed, X.device)
+    model = build_model(seed, X.device)
     cross_entropy(model(X), y).backward()
     before = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     after = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # of gradients that are clipped
@@ -100,7 +102,7 @@ def nan_in_the_data(digits: Digits, seed: int) -> None:
     print("\n  A NaN in the data")
     X, y = digits.X_train.clone(), digits.y_train
     X[0, 0] = math.nan
-    model, optimizer = build_model(seed, X.device)
+    model, optimizer = build(seed, X.device)
     losses = lesson.train(model, [(X, y)], cross_entropy, optimizer, epochs=1)
     all_nan = all(parameter.isnan().all() for parameter in model.parameters())
     check("train() raises no error", f"loss {losses[0]}, every weight is nan", all_nan)
@@ -116,14 +118,14 @@ def mixed_precision(digits: Digits, seed: int) -> Curves:
     """Train with clipping, in float32, bfloat16 and float16; return the losses by epoch."""
     print("\n  3. Mixed precision, with gradient clipping. train_mixed_precision()")
     X, y = digits.X_train, digits.y_train
-    model, optimizer = build_model(seed, X.device)
+    model, optimizer = build(seed, X.device)
     losses, norms = loops.train_with_clipping(
         model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS
     )
     show("float32", summary(losses, model, digits))
     curves = {"float32": epoch_means(losses)}
     for name, amp_dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        model, optimizer = build_model(seed, X.device)
+        model, optimizer = build(seed, X.device)
         losses, amp_norms = loops.train_mixed_precision(
             model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS, amp_dtype
         )
@@ -162,7 +164,7 @@ def gradient_accumulation(digits: Digits, seed: int) -> None:
     X, y = digits.X_train.cpu().double(), digits.y_train.cpu()  # MPS has no float64
     weights = []
     for train in (lesson.train, loops.train_with_accumulation):
-        model, _ = build_model(seed)
+        model = build_model(seed)
         optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
         train(model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS)
         weights.append(nn.utils.parameters_to_vector(model.parameters()))
@@ -174,12 +176,12 @@ def learning_rate_scheduler(digits: Digits, seed: int) -> Curves:
     """Train at a constant and at a scheduled learning rate; return losses and rates by epoch."""
     print("\n  6. Learning rate scheduler: warm-up, cosine annealing. train_with_scheduler()")
     X, y = digits.X_train, digits.y_train
-    model, _ = build_model(seed, X.device)
+    model = build_model(seed, X.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
     constant = lesson.train(model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS)
     show("constant, lr 0.2", summary(constant, model, digits))
 
-    model, _ = build_model(seed, X.device)
+    model = build_model(seed, X.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
     batches = make_loader(seed, X, y)
     warmup = LinearLR(optimizer, start_factor=0.05, total_iters=20)
@@ -200,7 +202,7 @@ def learning_rate_scheduler(digits: Digits, seed: int) -> Curves:
 def early_stopping(digits: Digits, seed: int) -> Curves:
     """Train until the validation loss stops decreasing; return the losses by epoch."""
     print("\n  7. Early stopping: patience of 10 epochs. train_with_early_stopping()")
-    model, optimizer = build_model(seed, digits.X_train.device)
+    model, optimizer = build(seed, digits.X_train.device)
     batches = make_loader(seed, digits.X_train, digits.y_train)
     losses, validation_losses = loops.train_with_early_stopping(
         model, batches, cross_entropy, optimizer, 200, digits.X_validation, digits.y_validation
@@ -216,9 +218,7 @@ def early_stopping(digits: Digits, seed: int) -> Curves:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser("training_loop", "The lesson's loop, changed in seven ways.").parse_args(
-        argv
-    )
+    args = make_parser("training_loop", "Change and profile the lesson's loop.").parse_args(argv)
     print_heading(
         "Training loop: the lesson's five lines, changed",
         "You control what happens before and after each gradient update.",
@@ -235,6 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     gradient_accumulation(digits, args.seed)
     schedule = learning_rate_scheduler(digits, args.seed)
     stopping = early_stopping(digits, args.seed)
+    loader = make_loader(args.seed, digits.X_train, digits.y_train)
+    time_of_a_step(digits, loader, args.seed, args.output / "training_loop.trace.json")
 
     if not args.no_figure:
         from real_world.training_loop.plot import plot_training_loop

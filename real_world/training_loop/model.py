@@ -3,6 +3,17 @@
 import torch
 from torch import nn
 
+from lesson_code import SimpleClassifier
+from real_world.digits.model import build_model
+
+
+def build(
+    seed: int, device: torch.device | str = "cpu"
+) -> tuple[SimpleClassifier, torch.optim.Optimizer]:
+    """Return the digits' model, untrained, and an Adam optimizer for it."""
+    model = build_model(seed, device)
+    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+
 
 class MultiTaskModel(nn.Module):
     """A layer that both tasks share, and a head for each: the digit, and its ink.

@@ -2,8 +2,10 @@
 
 import contextlib
 import inspect
+import json
 import math
 import re
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -23,7 +25,8 @@ from real_world.digits.model import build_model
 from real_world.training_loop import __main__ as training_loop
 from real_world.training_loop import loops
 from real_world.training_loop.losses import focal_loss
-from real_world.training_loop.model import MultiTaskModel
+from real_world.training_loop.model import MultiTaskModel, build
+from real_world.training_loop.profiling import profile_steps
 
 LOOPS = [function for name, function in vars(loops).items() if name.startswith("train_")]
 DIGITS = load_digits()
@@ -54,9 +57,10 @@ def test_lines_without_mark_are_the_lessons(loop):
 
 def test_readme_shows_lines_of_the_loops():
     folder = Path(loops.__file__).parent
-    source = [line.strip() for line in (folder / "loops.py").read_text().splitlines()]
+    text = (folder / "loops.py").read_text() + (folder / "profiling.py").read_text()
+    source = [line.strip() for line in text.splitlines()]
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == len(LOOPS) == 7
+    assert len(blocks) == len(LOOPS) + 1 == 8
     assert [line for line in "".join(blocks).splitlines() if line.strip() not in source] == []
 
 
@@ -69,16 +73,16 @@ def test_focal_loss():
     )
     p = logits.softmax(dim=1)[range(20), y]
     torch.testing.assert_close(focal_loss(logits, y), (-((1 - p) ** 2) * p.log()).mean())
-    model, optimizer = build_model(0)
+    model, optimizer = build(0)
     losses = loops.train_with_focal_loss(model, BATCHES, optimizer, 3)
-    model, optimizer = build_model(0)
+    model, optimizer = build(0)
     assert losses == lesson.train(model, BATCHES, focal_loss, optimizer, 3)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 100.0])
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
 def test_clipping_limits_the_unscaled_gradient(max_norm, amp_dtype):
-    model, _ = build_model(0)
+    model = build_model(0)
     before = weights(model)
     gradient = torch.autograd.grad(cross_entropy(model(X), Y), list(model.parameters()))
     norm = parameters_to_vector(gradient).norm().item()
@@ -96,7 +100,7 @@ def test_clipping_limits_the_unscaled_gradient(max_norm, amp_dtype):
 def test_nan_is_an_error_or_a_skipped_step_but_not_in_train():
     nan_X = X.clone()
     nan_X[0, 0] = math.nan
-    model, optimizer = build_model(0)
+    model, optimizer = build(0)
     before = weights(model)
     with pytest.raises(RuntimeError, match="non-finite"):
         loops.train_with_clipping(model, [(nan_X, Y)], cross_entropy, optimizer, 1)
@@ -110,7 +114,7 @@ def test_nan_is_an_error_or_a_skipped_step_but_not_in_train():
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_computes_in_16_bits(amp_dtype):
     dtypes = set()
-    model, optimizer = build_model(0)
+    model, optimizer = build(0)
     model.fc2.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     loops.train_mixed_precision(model, BATCHES, cross_entropy, optimizer, 1, amp_dtype)
     assert dtypes == {amp_dtype}
@@ -133,7 +137,7 @@ def test_both_tasks_train_the_shared_layer():
 @pytest.mark.parametrize("micro_batch_size", [7, 50, 128])
 def test_accumulation_equals_the_large_batch(micro_batch_size):
     batches = [(X.double(), y) for X, y in BATCHES]
-    models = [build_model(0)[0].double() for _ in range(2)]
+    models = [build_model(0).double() for _ in range(2)]
     sgd = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     expected = lesson.train(models[0], batches, cross_entropy, sgd[0], 3)
     losses = loops.train_with_accumulation(
@@ -166,12 +170,12 @@ def accumulate_on_rank(rank, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     X_double, y = X[:256].double(), Y[:256]
     X_shard, y_shard = X_double.chunk(2)[rank], y.chunk(2)[rank]
-    one_process, _ = build_model(0)
+    one_process = build_model(0)
     cross_entropy(one_process.double()(X_double), y).backward()
     expected = gradients(one_process)
 
     buckets = []
-    model = DistributedDataParallel(build_model(0)[0].double())
+    model = DistributedDataParallel(build_model(0).double())
     model.register_comm_hook(buckets, count_all_reduce)
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     loops.train_with_accumulation(model, [(X_shard, y_shard)], cross_entropy, sgd, 1)
@@ -194,7 +198,7 @@ def test_accumulation_under_ddp_with_one_all_reduce_per_step(tmp_path):
 
 
 def test_scheduler_is_an_on_step_of_train():
-    models = [build_model(0)[0] for _ in range(2)]
+    models = [build_model(0) for _ in range(2)]
     sgd = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
     schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2) for optimizer in sgd]
     expected = lesson.train(
@@ -210,7 +214,7 @@ def test_scheduler_is_an_on_step_of_train():
 def test_early_stopping_restores_the_best_epoch():
     validation = DIGITS.X_validation, DIGITS.y_validation
     modes = []
-    model, optimizer = build_model(0)
+    model, optimizer = build(0)
     hook = model.register_forward_pre_hook(lambda model, inputs: modes.append(model.training))
     _, validation_losses = loops.train_with_early_stopping(
         model, BATCHES, cross_entropy, optimizer, 200, *validation, patience=3
@@ -220,7 +224,7 @@ def test_early_stopping_restores_the_best_epoch():
     best = validation_losses.index(min(validation_losses)) + 1
     assert len(validation_losses) == best + 3 < 200
     assert lesson.evaluate(model, *validation)[0] == min(validation_losses)
-    expected, optimizer = build_model(0)
+    expected, optimizer = build(0)
     lesson.train(expected, BATCHES, cross_entropy, optimizer, best)
     assert weights(model).equal(weights(expected))
 
@@ -238,7 +242,7 @@ def test_early_stopping_validates_with_the_criterion():
 
 @pytest.mark.parametrize(("batches", "epochs"), [([], 3), (BATCHES, 0)])
 def test_no_batches_or_no_epochs_return_no_losses(batches, epochs):
-    model, optimizer = build_model(0)
+    model, optimizer = build(0)
     arguments = model, batches, cross_entropy, optimizer, epochs
     assert loops.train_with_focal_loss(model, batches, optimizer, epochs) == []
     assert loops.train_with_clipping(*arguments) == ([], [])
@@ -252,10 +256,37 @@ def test_no_batches_or_no_epochs_return_no_losses(batches, epochs):
     assert len(validation_losses) == epochs
 
 
+def test_profile_and_trace_have_the_operators_of_every_step(tmp_path):
+    result = profile_steps(build_model(0), BATCHES[:2], 10, tmp_path / "trace.json")
+    calls = {"aten::addmm": 2, "aten::_log_softmax": 1, "aten::mm": 3, "aten::sqrt": 4}
+    assert {name: result.calls[name] for name in calls} == calls
+    assert 0 < sum(result.self_times.values()) < result.profiled_time
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events]
+    assert {name: names.count(name) for name in calls} == {k: 20 * v for k, v in calls.items()}
+
+
+class SleepingLinear(nn.Linear):
+    """Spends nearly all of its time outside operators."""
+
+    def forward(self, x):
+        time.sleep(0.005)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "mostly_operators"),
+    [(SleepingLinear(64, 10), False), (lesson.SimpleClassifier(64, 10_000, 10), True)],
+)
+def test_operator_share_is_low_in_python_and_high_in_matrix_products(model, mostly_operators):
+    result = profile_steps(model, BATCHES[:1], 3)
+    assert (result.operator_share > 0.5) == mostly_operators
+
+
 def test_example(tmp_path, capsys):
     training_loop.main(["--device", "cpu", "--output", str(tmp_path / "new")])
     printed = capsys.readouterr().out
-    assert printed.count(" ok\n") == 16
+    assert printed.count(" ok\n") == 21
     assert_transcript("training_loop", printed)
     figure = matplotlib.image.imread(tmp_path / "new" / "training_loop.png")
     assert figure.shape == (840, 1440, 4)
