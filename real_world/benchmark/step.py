@@ -34,7 +34,7 @@ SIZES = {
 }
 UNITS = {"lesson": "µs", "medium": "ms", "wide": "ms", "large": "ms"}
 BASELINE = "PyTorch, train()"
-PAUSE = 0.5  # seconds: the threads of the process before keep spinning for a while
+PAUSE = 0.5  # seconds: the previous process's threads keep spinning for a while
 
 
 # %% Measure

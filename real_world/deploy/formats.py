@@ -83,7 +83,7 @@ def export_compiled(model: lesson.SimpleClassifier, path: Path) -> None:
 
 
 def load_compiled(path: Path, model: lesson.SimpleClassifier) -> Forward:
-    """Compile as a new process does that has this cache."""
+    """Compile with a warm cache, as a new process does."""
     with empty_cache():
         torch.compiler.load_cache_artifacts(path.read_bytes())
         return compile_model(model)

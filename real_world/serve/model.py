@@ -14,7 +14,7 @@ def load_and_warm_up(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
     """Return a function from features to probabilities, and the number of features.
 
-    It has been called already: compilers and CUDA do much of their work in the first calls.
+    It is already warmed up: compilers and CUDA do much of their work in the first calls.
     """
     torch.set_num_threads(1)  # the workers share the cores
     model = pickle.loads(pickled).to(device).eval()

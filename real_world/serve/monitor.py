@@ -16,7 +16,7 @@ MAX_DEATHS, PERIOD = 5, 300.0  # end the service if so many workers die in so ma
 
 
 def announce(label: str, value: object) -> None:
-    """Print a line. If nobody can read it any more, the service goes on."""
+    """Print a line; ignore a closed stdout."""
     with contextlib.suppress(OSError):
         show(label, value)
 
@@ -68,7 +68,7 @@ class Monitor:
                         child.kill()
 
     def on_exit(self, pid: int | None, exitcode: int) -> None:
-        """Say how a worker died; end the service after too many deaths."""
+        """Print why a worker exited; end the service after too many deaths."""
         if self.stopping:
             return
         reason = f"signal {-exitcode}" if exitcode < 0 else f"exit status {exitcode}"

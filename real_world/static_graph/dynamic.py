@@ -17,7 +17,7 @@ SHAPES = ((8, 4), (16, 4), (32, 4), (8, 6), (8, 7), (8, 4))  # (batch, width)
 
 
 class KerasLayer(keras.Model):
-    """Such a layer in Keras; it records the shapes for which fit() traces it."""
+    """The same layer in Keras; it records the shapes for which fit() traces it."""
 
     def build(self, input_shape: tuple[int, int]) -> None:
         """Create the weight and the set of shapes."""
@@ -62,7 +62,7 @@ def compare_shapes() -> None:
 
 # %% Stochastic depth (Huang et al. 2016, arXiv:1603.09382): a layer is skipped at random
 def stochastic_depth(x: Tensor) -> Tensor:
-    """Apply a layer, which adds 1, with a probability of 0.5; Python decides."""
+    """Apply a layer, which adds 1, with a probability of 0.5, by Python's `random`."""
     return x + 1 if random.random() < 0.5 else x
 
 
