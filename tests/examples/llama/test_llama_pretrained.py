@@ -93,47 +93,11 @@ def test_pre_tokenizer(smollm2):
 # %% Chat templates
 
 
-def test_chat_template_equals_transformers(smollm2):
-    from transformers import AutoTokenizer
-
-    reference = AutoTokenizer.from_pretrained(smollm2)
-    for messages in (MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES * 2]):
-        expected = reference.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        assert apply_chat_template(smollm2, messages) == expected
-
-
-TEMPLATES = [
-    "{{ bos_token }}\n{%- for m in messages %}\n {{ m.content|trim }}{{ eos_token }}\n{% endfor %}",
-    "{% if tools is not none %}tools{% endif %}{{ messages|tojson(indent=2) }} {{ '<é>'|tojson }}",
-    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
-    "{% generation %}{{ messages[0]|tojson(sort_keys=true, separators=',:') }}{% endgeneration %}",
-    "{% if add_generation_prompt %}{{ strftime_now('%Y') }}{% endif %}",
-    "{% set ns = namespace(n=0) %}{% set ns.n = 3 %}{{ ns.n }}{{ pad_token }}|{{ undefined }}\n",
-]
-
-
-@pytest.mark.parametrize("place", ["file", "config", "named"])
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_of_other_models_equal_transformers(template, place, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    config |= {"bos_token": {"content": "<s>", "__type": "AddedToken"}}
-    if place == "config":
-        config["chat_template"] = template
-    elif place == "named":
-        other = {"name": "rag", "template": "other"}
-        config["chat_template"] = [other, {"name": "default", "template": template}]
-    else:
-        (tmp_path / "chat_template.jinja").write_text(template)
-        config["chat_template"] = "overridden by the file"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    reference = AutoTokenizer.from_pretrained(tmp_path)
-    expected = reference.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert apply_chat_template(tmp_path, MESSAGES) == expected
+def test_chat_template_marks_the_turns(smollm2):
+    text = apply_chat_template(smollm2, [{"role": "system", "content": "Be brief."}, *MESSAGES])
+    turns = [("system", "Be brief."), ("user", MESSAGES[0]["content"])]
+    marked = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert text == f"{marked}<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +111,9 @@ def test_templates_of_other_models_equal_transformers(template, place, tmp_path)
     ],
 )
 def test_template_that_fails_or_leaves_the_sandbox(template, message, tmp_path):
-    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(lesson.CheckpointError, match=f"the chat template of .*{message}"):
         apply_chat_template(tmp_path, MESSAGES)
 
