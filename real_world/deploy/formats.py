@@ -65,6 +65,7 @@ def empty_cache() -> Iterator[None]:
 
 def compile_model(model: lesson.SimpleClassifier) -> Forward:
     """Compile a model for any batch size."""
+    # dynamic: one compilation for all batch sizes; fullgraph: an error instead of a part in Python.
     compiled = torch.compile(model, dynamic=True, fullgraph=True)
     for batch_size in (1, 2):  # torch.compile specializes on a size of 1
         compiled(torch.zeros(batch_size, model.fc1.in_features))
@@ -95,6 +96,7 @@ def export_graph(
 ) -> torch.export.ExportedProgram:
     """Export the graph of a model for batches of 1 to `max_batch` samples, or of any size."""
     example = torch.zeros(2, model.fc1.in_features)
+    # Without it, the graph would take batches of the example's size only.
     batch = torch.export.Dim("batch", min=1, max=max_batch)
     return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
 

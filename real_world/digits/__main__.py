@@ -40,11 +40,14 @@ def main(argv: list[str] | None = None) -> None:
 
     model = build_model(config.seed, args.device)
     train_losses, validation_losses = train_digits(model, digits, config, folder)
+    # The epoch to stop at: after it, the model fits the training set ever more closely and
+    # generalizes no better.
     best = validation_losses.index(min(validation_losses))
     print()
     show("lowest validation loss", f"{validation_losses[best]:.4f}, after epoch {best + 1}")
     show("validation loss at the end", f"{validation_losses[-1]:.4f}")
     _, train_accuracy = lesson.evaluate(model, digits.X_train, digits.y_train)
+    # The only use of the test set: a choice that depends on it would make it optimistic.
     _, test_accuracy = lesson.evaluate(model, digits.X_test, digits.y_test)
     show("training accuracy", f"{train_accuracy:.1%}")
     check("test accuracy", f"{test_accuracy:.1%}, chance level 10%", test_accuracy > 0.5)

@@ -29,9 +29,10 @@ def load_digits(seed: int = 0, device: torch.device | str = "cpu") -> Digits:
     from sklearn import datasets  # imported only here: it takes a second
 
     bunch = datasets.load_digits()
+    # Shuffled before the split: consecutive images are by the same person.
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(seed))
-    X = (torch.tensor(bunch.data, dtype=torch.float32) / 16)[order].to(device)
-    y = torch.tensor(bunch.target, dtype=torch.int64)[order].to(device)
+    X = (torch.tensor(bunch.data, dtype=torch.float32) / 16)[order].to(device)  # (1797, 64)
+    y = torch.tensor(bunch.target, dtype=torch.int64)[order].to(device)  # (1797,)
     sizes = (len(y) - VALIDATION_SIZE - TEST_SIZE, VALIDATION_SIZE, TEST_SIZE)
     X_train, X_validation, X_test = X.split(sizes)
     y_train, y_validation, y_test = y.split(sizes)

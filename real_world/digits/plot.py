@@ -10,7 +10,8 @@ from real_world.digits.data import Digits
 
 def confusion_matrix(predicted: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Count how often a digit (row) was classified as another (column), (10, 10) int64."""
-    return torch.bincount(10 * y + predicted, minlength=100).reshape(10, 10)
+    pairs = 10 * y + predicted  # (n,), a number from 0 to 99 for each pair of digits
+    return torch.bincount(pairs, minlength=100).reshape(10, 10)
 
 
 def plot_digits(

@@ -47,6 +47,7 @@ class NoiseScheduler:
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """Return the noisy latents at `timesteps`, (batch,) int64 (Ho et al., equation 4)."""
+        # x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
         sqrt_alpha_prod, sqrt_one_minus_alpha_prod = self.sqrt_alpha_prods(timesteps)
         return sqrt_alpha_prod * latents + sqrt_one_minus_alpha_prod * noise
 
@@ -60,6 +61,7 @@ class NoiseScheduler:
         """
         if self.prediction_type == "epsilon":
             return noise
+        # v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0
         sqrt_alpha_prod, sqrt_one_minus_alpha_prod = self.sqrt_alpha_prods(timesteps)
         return sqrt_alpha_prod * noise - sqrt_one_minus_alpha_prod * latents
 
@@ -90,6 +92,7 @@ class NoiseScheduler:
         """
         alpha_prod = self.alphas_cumprod[timestep]
         alpha_prod_prev = self.alphas_cumprod[max(prev_timestep, 0)]
+        # add_noise() solved for the clean latents x0, and for the noise eps.
         if self.prediction_type == "epsilon":
             x0 = (sample - (1 - alpha_prod).sqrt() * model_output) / alpha_prod.sqrt()
             eps = model_output
