@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -78,14 +78,18 @@ def device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def option(default: float | str | None, help: str, minimum: int = 1) -> Any:  # noqa: ANN401
+    """Return a field of a config: its default, what it is, and the minimum of an int."""
+    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum})
+
+
 def make_parser(
     example: str, description: str, *configs: "DataclassInstance"
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that examples share.
 
-    Each field of `configs`, which are dataclasses, becomes an option whose default is None: see
-    `with_options()`. Fields are float, or int from 1 or from the "minimum" in their metadata (to
-    the "maximum" there).
+    Each field of `configs`, which are dataclasses with fields from `option()`, becomes an option
+    whose default is None: see `with_options()`. Fields are int, float or str.
     """
     parser = argparse.ArgumentParser(f"python -m real_world.{example}", description=description)
     add = parser.add_argument
@@ -97,16 +101,27 @@ def make_parser(
     else:
         fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
         for name, field in fields.items():
-            is_int = field.type in (int, int | None)
-            bounds = {"minimum": 1, **field.metadata}
-            kind = bounded_int(**bounds) if is_int else nonnegative_float
+            kind: Callable[[str], object]
+            if field.type is float:
+                kind, metavar = nonnegative_float, "X"
+            elif field.type is str:
+                kind, metavar = str, "TEXT"
+            else:
+                kind, metavar = bounded_int(field.metadata["minimum"]), "N"
             values = [getattr(config, name) for config in configs if hasattr(config, name)]
-            text = f"default: {' or '.join(dict.fromkeys(map(str, values)))}"
-            option = f"--{name}".replace("_", "-")
-            add(option, metavar="N" if is_int else "X", type=kind, help=text)
+            defaults = " or ".join(dict.fromkeys(str(value) for value in values))
+            text = f"{field.metadata['help']} (default: {defaults})"
+            add(f"--{name}".replace("_", "-"), metavar=metavar, type=kind, help=text)
     add("--output", metavar="DIR", type=Path, default=OUTPUT, help="default: checkpoints/")
     add("--no-figure", action="store_true", help="do not plot a figure")
     return parser
+
+
+def with_options(config: Config, args: argparse.Namespace) -> Config:
+    """Return a config with the fields that have been given on the command line."""
+    values = {name: getattr(args, name) for name in dataclasses.asdict(config)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(config, **given)
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -126,13 +141,6 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def with_options(config: Config, args: argparse.Namespace) -> Config:
-    """Return a config with the fields that have been given on the command line."""
-    values = {name: getattr(args, name) for name in dataclasses.asdict(config)}
-    given = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(config, **given)
-
-
 def show_config(config: Config) -> None:
     """Print the fields of a config."""
     for name, value in dataclasses.asdict(config).items():
@@ -147,11 +155,14 @@ def save_config(folder: Path, config: Config) -> None:
 
 
 def load_config(folder: Path, default: Config) -> Config:
-    """Return the config that was saved in a folder, or the default."""
+    """Return the config that was saved in a folder, or the default. Raises CheckpointError."""
     path = folder / "train_config.json"
-    return (
-        dataclasses.replace(default, **json.loads(path.read_text())) if path.exists() else default
-    )
+    if not path.exists():
+        return default
+    try:
+        return dataclasses.replace(default, **json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise lesson.CheckpointError(f"{path} is not a config: {error}") from None
 
 
 def check_config(folder: Path, config: Config, *may_differ: str) -> None:
@@ -171,7 +182,7 @@ def log_losses(path: Path, optimizer: torch.optim.Optimizer) -> Iterator[OnStep]
     """Yield an on_step for train() that writes a file of losses while a model is trained.
 
     A line has the step, from 1, its loss and learning rate, and the seconds since the start. Call
-    it before a schedule changes the learning rate.
+    this on_step before that of a schedule, which changes the learning rate.
     """
     start = time.perf_counter()
     steps: list[tuple[torch.Tensor, float, float]] = []  # loss, learning rate, seconds

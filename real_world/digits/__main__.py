@@ -47,10 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     show("lowest validation loss", f"{validation_losses[best]:.4f}, after epoch {best + 1}")
     show("validation loss at the end", f"{validation_losses[-1]:.4f}")
     _, train_accuracy = lesson.evaluate(model, digits.X_train, digits.y_train)
-    # The only use of the test set: a choice that depends on it would make it optimistic.
+    # The test set is used only here, at the end: choices that depend on it would be optimistic.
     _, test_accuracy = lesson.evaluate(model, digits.X_test, digits.y_test)
     show("training accuracy", f"{train_accuracy:.1%}")
-    check("test accuracy", f"{test_accuracy:.1%}, chance level 10%", test_accuracy > 0.5)
+    value = f"{test_accuracy:.1%}, chance level 10%"
+    if config.epochs < TrainConfig.epochs:
+        show("test accuracy", value)
+    else:
+        check("test accuracy", value, test_accuracy > 0.5)
     show("losses of all steps in", folder / "losses.jsonl")
 
     if not args.no_figure:

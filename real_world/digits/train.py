@@ -1,6 +1,6 @@
 """Training with the lesson's train(), an epoch at a time, and validation after each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lesson_code as lesson
-from real_world.common import log_losses
+from real_world.common import log_losses, option
 from real_world.digits.data import Digits
 
 
@@ -16,10 +16,10 @@ from real_world.digits.data import Digits
 class TrainConfig:
     """What can be changed about the training. Every field is an option of the command line."""
 
-    learning_rate: float = 0.01  # of Adam
-    batch_size: int = 64  # images per step
-    epochs: int = 50  # passes over the training images
-    seed: int = field(default=0, metadata={"minimum": 0})  # of split, weights, and shuffling
+    learning_rate: float = option(0.01, "of Adam")
+    batch_size: int = option(64, "images per step")
+    epochs: int = option(50, "passes over the training images")
+    seed: int = option(0, "of the split, the weights and the shuffling", minimum=0)
 
 
 def train_digits(

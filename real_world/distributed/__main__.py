@@ -76,13 +76,13 @@ def run_ddp(config: ddp.TrainConfig, output: Path, device: torch.device) -> None
     show("the loss is multiplied by", f"{' or '.join(scales)}")
 
     folder = output / "ddp"
-    run_on_rank_0(check_config, folder, config, "epochs", "save_every")
-    run_on_rank_0(save_config, folder, config)
     path = folder / "checkpoint.pt"
     model, optimizer, losses = ddp.build_or_load(path, config, device)
     if losses:
+        check_config(folder, config, "epochs", "save_every")
         show("resumed from", f"{path}, epoch {len(losses)}")
     check_same_on_all_ranks(resumed_from_epoch=len(losses))
+    run_on_rank_0(save_config, folder, config)
     ddp.train_ddp(model, optimizer, losses, X, y, config, path)
     show(f"loss, epochs 1 and {config.epochs}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
     expected_model, expected_losses = ddp.train_on_one_process(X, y, config)
@@ -106,12 +106,12 @@ def run_fsdp(config: fsdp.TrainConfig, output: Path, device: torch.device) -> No
     check(label, ", ".join(f"{n:,}" for n in shard_bytes), sum(shard_bytes) == num_bytes)
 
     folder = output / "fsdp"
-    run_on_rank_0(check_config, folder, config, "steps")
-    run_on_rank_0(save_config, folder, config)
     optimizer = fsdp.make_optimizer(model, config)
     first_step = fsdp.latest_step(folder, before=config.steps)
     check_same_on_all_ranks(resumed_from_step=first_step)
+    run_on_rank_0(save_config, folder, config)
     if first_step > 0:
+        check_config(folder, config, "steps")
         fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
         show("resumed from", folder / f"step-{first_step}")
     losses = fsdp.train_fsdp(model, optimizer, config, first_step)

@@ -5,7 +5,7 @@ so every process makes the same update (S. Li et al., "PyTorch Distributed", 202
 what differs from training with one process.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
+from real_world.common import option
 from real_world.digits.model import build_model
 from real_world.distributed.process_group import (
     mean_over_ranks,
@@ -27,10 +28,10 @@ from real_world.distributed.process_group import (
 class TrainConfig:
     """What can be changed about the training. Every field is an option of the command line."""
 
-    learning_rate: float = 0.01  # of Adam
-    epochs: int = 200  # each is one step, on all samples
-    save_every: int = 20  # epochs between two checkpoints
-    seed: int = field(default=0, metadata={"minimum": 0})  # of the split and the weights
+    learning_rate: float = option(0.01, "of Adam")
+    epochs: int = option(200, "over the digits, with DDP; each is one step, on all samples")
+    save_every: int = option(20, "epochs between two checkpoints, with DDP")
+    seed: int = option(0, "of the weights and the data", minimum=0)
 
 
 def build(

@@ -7,9 +7,10 @@ et al., "PyTorch FSDP", 2023). `# NEW` marks what differs from training with one
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lesson_code as lesson
+from real_world.common import option
 from real_world.distributed.process_group import (
     mean_over_ranks,
     run_on_rank_0,
@@ -39,9 +41,9 @@ BATCH_SIZE = LlamaTrainConfig.batch_size
 class TrainConfig:
     """What can be changed about the training. Every field is an option of the command line."""
 
-    learning_rate: float = 0.001  # of AdamW
-    steps: int = 10
-    seed: int = field(default=0, metadata={"minimum": 0})  # of the weights and the batches
+    learning_rate: float = option(0.001, "of Adam, or of AdamW with --fsdp")
+    steps: int = option(10, "training steps of the Llama, with --fsdp")
+    seed: int = option(0, "of the weights and the data", minimum=0)
 
 
 def build_llama(seed: int, device: torch.device) -> Llama:
@@ -126,7 +128,8 @@ def one_line_errors(action: str, path: Path) -> Iterator[None]:
 def save_sharded(path: Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """Save a checkpoint: every process writes its shards to a file of its own."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    run_on_rank_0((path / ".metadata").unlink, True)  # incomplete until all is written
+    unlink = functools.partial((path / ".metadata").unlink, missing_ok=True)
+    run_on_rank_0(unlink)  # incomplete until all is written
     with one_line_errors("save", path):
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
 

@@ -67,7 +67,7 @@ def prompt_text(text: str) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     about = "Llama 3 in miniature: parity, training, generation, costs."
-    parser = make_parser("llama", about, TrainConfig(), SAMPLING)
+    parser = make_parser("llama", about, SAMPLING, TrainConfig())  # their fields are options
     add = parser.add_argument
     text = "only answer or continue this text, with a trained model (can be repeated: one batch)"
     add("--prompt", metavar="TEXT", type=prompt_text, action="append", help=text)
@@ -172,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     folder = args.output / "llama"
     config: TrainConfig = args.config
-    save_config(folder, config)
     show("parameters", f"{num_parameters(LLAMA_TINY):,}")
 
     print("\n  Compared with transformers' LlamaForCausalLM, with the same random weights")
@@ -196,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     rate = config.steps * config.batch_size * config.context_length / seconds
     show("trained in", f"{seconds:.0f} s, {rate:,.0f} bytes per second")
+    save_config(folder, config)
     save_pretrained(model, folder)
     show("saved to", folder)
     validation_loss = evaluate(model, validation_text, config)

@@ -22,7 +22,8 @@ def apply_chat_template(folder: Path, messages: list[dict[str, str]]) -> str | N
     Raises:
         CheckpointError: the template fails, or tokenizer_config.json is not JSON.
     """
-    if not (folder / "tokenizer_config.json").exists():  # such as a model that was trained here
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    if not any((folder / name).exists() for name in names):  # such as a model trained here
         return None
     from transformers import PreTrainedTokenizerFast  # imported only here: it takes seconds
 

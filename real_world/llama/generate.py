@@ -4,11 +4,12 @@ import math
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from real_world.common import option
 from real_world.llama.model import KVCache, Llama
 from real_world.llama.tokenizer import Tokenizer
 
@@ -20,14 +21,14 @@ class SamplingParams:
     The defaults are greedy: always the most likely token.
     """
 
-    temperature: float = 0.0  # 0: greedy; below 1: more likely tokens are preferred
-    top_k: int | None = None  # sample from the k most likely tokens only
-    top_p: float = 1.0  # sample from the fewest tokens that have this probability together
-    min_p: float = 0.0  # sample from tokens with at least this part of the largest probability
-    seed: int = field(default=0, metadata={"minimum": 0})
+    temperature: float = option(0.0, "0: greedy; below 1: more likely tokens are preferred")
+    top_k: int | None = option(None, "sample from the N most likely tokens only")
+    top_p: float = option(1.0, "sample from the fewest tokens with this probability together")
+    min_p: float = option(0.0, "sample from tokens with this part of the largest probability")
+    seed: int = option(0, "of the sampling", minimum=0)
 
     def __post_init__(self) -> None:
-        """Raise ValueError if a value is out of range."""
+        """Raise ValueError, whose message begins with the field, if a value is out of range."""
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -124,7 +125,7 @@ def generate(
         model: a Llama.
         prompt: (batch, length) int64; shorter prompts are padded on the left.
         max_new_tokens: the largest number of tokens to generate.
-        params: temperature, top_k, top_p, and the seed.
+        params: how the next token is sampled.
         use_cache: if False, all tokens are processed again for every new one. Slow, for comparison.
         attention_mask: (batch, length) bool, False for padding. None: no padding.
     """
@@ -213,7 +214,8 @@ def batch_generate(
 ) -> list[str]:
     """Return the text that continues each prompt, of any lengths, in one batch.
 
-    Each text ends as in `stream_generate()`.
+    Each text ends as in `stream_generate()`, but a stop string does not end the generation: the
+    text is cut afterwards.
     """
     tokens, mask = (tensor.to(model.lm_head.weight.device) for tensor in pad_left(prompts))
     new = list(generate(model, tokens, max_new_tokens, params, attention_mask=mask))

@@ -1,6 +1,6 @@
 """Training with the lesson's train()."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lesson_code as lesson
-from real_world.common import log_losses, train_progress
+from real_world.common import log_losses, option, train_progress
 from real_world.llama.data import RandomWindows
 from real_world.llama.model import Llama
 
@@ -17,11 +17,11 @@ from real_world.llama.model import Llama
 class TrainConfig:
     """What can be changed about the training. Every field is an option of the command line."""
 
-    learning_rate: float = 0.003  # the largest of the schedule
-    batch_size: int = 8  # windows per step
-    context_length: int = 128  # tokens per window
-    steps: int = field(default=1000, metadata={"minimum": 20})
-    seed: int = field(default=0, metadata={"minimum": 0})  # of the weights and the windows
+    learning_rate: float = option(0.003, "of AdamW, after the warm-up")
+    batch_size: int = option(8, "windows per step")
+    context_length: int = option(128, "tokens per window")
+    steps: int = option(1000, "training steps", minimum=20)
+    seed: int = option(0, "of the weights, the windows and the sampling", minimum=0)
 
 
 def next_token_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -39,6 +39,7 @@ def train_llama(model: Llama, text: torch.Tensor, config: TrainConfig, folder: P
         text, config.batch_size, config.context_length, config.steps, config.seed
     )
     loader = DataLoader(windows, batch_size=None)  # the dataset yields whole mini-batches
+    # With LoRA, most parameters are frozen: they have no gradient, so they are not updated.
     # GPT-3's betas and weight decay (T. Brown et al., "Language Models are Few-Shot Learners",
     # 2020, appendix B).
     optimizer = torch.optim.AdamW(

@@ -9,13 +9,14 @@ stable_diffusion example. Their weights stay as they are; an adapter is trained 
 """
 
 from real_world.common import make_parser, print_heading, run_cli, show, with_options
-from real_world.lora.llama import LLAMA_CONFIG, finetune_llama
-from real_world.lora.stable_diffusion import DIFFUSION_CONFIG, finetune_stable_diffusion
+from real_world.lora.config import LLAMA, STABLE_DIFFUSION
+from real_world.lora.llama import finetune_llama
+from real_world.lora.stable_diffusion import finetune_stable_diffusion
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fine-tuning of two pretrained models, Llama and Stable Diffusion, with LoRA."
-    parser = make_parser("lora", about, LLAMA_CONFIG, DIFFUSION_CONFIG)
+    parser = make_parser("lora", about, LLAMA, STABLE_DIFFUSION)
     text = "fine-tune one model (default: both)"
     parser.add_argument("--only", choices=("llama", "stable_diffusion"), help=text)
     args = parser.parse_args(argv)
@@ -25,10 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     llama = digits = None
     if args.only != "stable_diffusion":
-        llama = finetune_llama(with_options(LLAMA_CONFIG, args), args.output, args.device)
+        llama = finetune_llama(with_options(LLAMA, args), args.output, args.device)
         print()
     if args.only != "llama":
-        config = with_options(DIFFUSION_CONFIG, args)
+        config = with_options(STABLE_DIFFUSION, args)
         digits = finetune_stable_diffusion(config, args.output, args.device)
         print()
     if not args.no_figure:

@@ -1,14 +1,20 @@
-"""What can be changed about fine-tuning."""
+"""What can be changed about fine-tuning. Every field is an option of the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from real_world.common import option
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Every field is an option of the command line."""
+    """The two models have other defaults, which are below."""
 
-    learning_rate: float  # the largest of the schedule
-    steps: int = field(metadata={"minimum": 20})
-    batch_size: int  # windows of tokens, or noisy latents, per step
-    rank: int = field(default=8, metadata={"maximum": 64})  # of the update of a weight
-    seed: int = field(default=0, metadata={"minimum": 0})  # of the adapter, and of the batches
+    learning_rate: float = option(0.003, "after the warm-up")
+    steps: int = option(30, "training steps", minimum=20)
+    batch_size: int = option(8, "windows of tokens, or noisy latents, per step")
+    rank: int = option(8, "of the update of a weight")
+    seed: int = option(0, "of the adapter, the batches and the images", minimum=0)
+
+
+LLAMA = FinetuneConfig()
+STABLE_DIFFUSION = FinetuneConfig(learning_rate=0.002, steps=300, batch_size=128)

@@ -16,11 +16,10 @@ from real_world.llama.model import Llama
 from real_world.llama.pretrained import download_smollm2
 from real_world.llama.tokenizer import Tokenizer, load_tokenizer
 from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train_llama
-from real_world.lora.config import FinetuneConfig
+from real_world.lora.config import LLAMA, FinetuneConfig
 from real_world.lora.lora import LoraConfig, apply_lora
 from real_world.lora.verify import check_adapter, count_parameters, show_parameters
 
-LLAMA_CONFIG = FinetuneConfig(learning_rate=0.003, steps=30, batch_size=8)
 CONTEXT_LENGTH = TrainConfig.context_length
 TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)
 EVAL_TOKENS = 4096
@@ -98,7 +97,10 @@ def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -
     check("output before training", "equal to the base model's", unchanged)
     show("training + validation", f"{len(train_tokens):,} + {len(validation_tokens):,} tokens")
     train_config = TrainConfig(
-        config.learning_rate, config.batch_size, steps=config.steps, seed=config.seed
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+        steps=config.steps,
+        seed=config.seed,
     )
     loss_before = evaluate(model, validation_tokens[: EVAL_TOKENS + 1], train_config)
     sample_before = print_sample("Generated before training", model, tokenizer)
@@ -106,18 +108,21 @@ def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -
     print(f"\n  Training on {device}")
     show_config(config)
     adapter_folder = output / "lora" / "llama"
-    save_config(adapter_folder, config)
     losses = train_llama(model, train_tokens, train_config, adapter_folder)
     loss_after = evaluate(model, validation_tokens[: EVAL_TOKENS + 1], train_config)
     sample_after = print_sample("Generated after training", model, tokenizer)
 
     print()
     value = f"{loss_before:.4f} -> {loss_after:.4f} nats per token"
-    check("validation loss", value, loss_after < loss_before)
+    if config.steps < LLAMA.steps:
+        show("validation loss", value)
+    else:
+        check("validation loss", value, loss_after < loss_before)
     evaluated = tokenizer.decode(validation_tokens[1 : EVAL_TOKENS + 1].tolist())
     per_byte = EVAL_TOKENS / len(evaluated.encode())
     show("", f"{per_byte * loss_before:.4f} -> {per_byte * loss_after:.4f} nats per byte")
     base_model = load_pretrained(folder, device)
     print_costs(model, base_model)
+    save_config(adapter_folder, config)
     check_adapter(model, base_model, lora_config, adapter_folder, X)
     return LlamaResult(losses, loss_before, loss_after, sample_before, sample_after)

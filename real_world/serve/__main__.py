@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", type=common.device, default="auto", help="auto (default), cpu, cuda or cuda:N")
     port = bounded_int(0, 65535)
     ip = ipaddress.ip_address
-    text = "default: the lesson's"
+    text = "default: the lesson's, trained first if there is none"
     add("--checkpoint", metavar="FILE", type=Path, default=DEFAULT_CHECKPOINT, help=text)
     add("--host", metavar="IP", type=ip, default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", metavar="N", type=port, default=8000, help="default: 8000; 0: any free port")

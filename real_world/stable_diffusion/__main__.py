@@ -66,23 +66,24 @@ def main(argv: list[str] | None = None) -> None:
     )
     folder = args.output / "stable_diffusion"
     config = with_options(load_config(folder, TrainConfig()), args)
+    seed = with_options(TrainConfig(), args).seed  # of the images
     model = train_or_load(config, folder, args.device)
     if args.prompt is not None:
-        generate_prompt(model, args, config.seed)
+        generate_prompt(model, args, seed)
         return
 
     print("\n  The noise scheduler, compared with diffusers' DDIMScheduler:")
     check_schedulers()
     print("\n  500 generated digits per guidance scale, classified by a model trained on digits,")
     print("  and their distances to the nearest training image:")
-    evaluate_generation(model, load_images(args.device), args.inference_steps, config.seed)
+    evaluate_generation(model, load_images(args.device), args.inference_steps, seed)
     if not args.no_figure:
         figure_path = args.output / "stable_diffusion.png"
         losses = {
             "VAE": read_losses(folder / "vae_losses.jsonl"),
             "U-Net": read_losses(folder / "losses.jsonl"),
         }
-        plot_example(figure_path, model, losses, config.seed)
+        plot_example(figure_path, model, losses, seed)
         show("figure saved to", figure_path)
 
 

@@ -76,8 +76,8 @@ class LatentDiffusion(nn.Module):
             latent_input = torch.cat((latents, latents))  # (2 * batch, 2, 4, 4)
             inputs = UNetInput(latent_input, torch.full_like(prompts, timestep), prompts)
             uncond, cond = self.unet(inputs).chunk(2)  # (batch, 2, 4, 4) each
-            noise_pred = uncond + guidance_scale * (cond - uncond)
-            latents = self.scheduler.ddim_step(noise_pred, timestep, prev_timestep, latents)
+            prediction = uncond + guidance_scale * (cond - uncond)
+            latents = self.scheduler.ddim_step(prediction, timestep, prev_timestep, latents)
             if on_step_end is not None:
                 on_step_end(latents)
         return self.decode(latents)

@@ -85,7 +85,7 @@ class NoiseScheduler:
     def ddim_step(
         self, model_output: torch.Tensor, timestep: int, prev_timestep: int, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Return the latents at `prev_timestep`, below `timestep`, which `sample` has.
+        """Return the less noisy latents at `prev_timestep`, from `sample` at `timestep`.
 
         Song et al., equation 12 with sigma 0, so the step is deterministic. All latents have the
         shape of `sample`. A `prev_timestep` below 0 ends the sampling, at timestep 0.

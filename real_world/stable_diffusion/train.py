@@ -1,7 +1,7 @@
 """Training both models with the lesson's train()."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import lesson_code as lesson
 from real_world.common import (
     check_config,
     log_losses,
+    option,
     save_config,
     show,
     show_config,
@@ -35,12 +36,12 @@ from real_world.stable_diffusion.vae import VAE, vae_loss
 class TrainConfig:
     """What can be changed about the training. Every field is an option of the command line."""
 
-    vae_learning_rate: float = 0.003  # the largest of the VAE's schedule
-    vae_epochs: int = 50  # passes of the VAE over the training images
-    learning_rate: float = 0.002  # the largest of the U-Net's schedule
-    steps: int = field(default=2500, metadata={"minimum": 20})  # of the U-Net
-    batch_size: int = 128  # images or noisy latents per step
-    seed: int = field(default=0, metadata={"minimum": 0})  # of weights, shuffling, and noise
+    vae_learning_rate: float = option(0.003, "of the VAE, after the warm-up")
+    vae_epochs: int = option(50, "passes of the VAE over the training images", minimum=5)
+    learning_rate: float = option(0.002, "of the U-Net, after the warm-up")
+    steps: int = option(2500, "training steps of the U-Net", minimum=20)
+    batch_size: int = option(128, "images or noisy latents per step")
+    seed: int = option(0, "of the training; of the images, if a model is saved already", minimum=0)
 
 
 def train_vae(vae: VAE, images: torch.Tensor, config: TrainConfig, log_path: Path) -> list[float]:
@@ -50,9 +51,14 @@ def train_vae(vae: VAE, images: torch.Tensor, config: TrainConfig, log_path: Pat
     """
     loader = DataLoader(TensorDataset(images, images), config.batch_size, shuffle=True)
     steps = config.vae_epochs * len(loader)
-    optimizer = torch.optim.Adam(vae.parameters())
+    optimizer = torch.optim.Adam(vae.parameters(), config.vae_learning_rate)
+    # cycle_momentum would change Adam's betas.
     lr_scheduler = OneCycleLR(
-        optimizer, config.vae_learning_rate, steps, pct_start=0.1, cycle_momentum=False
+        optimizer,
+        config.vae_learning_rate,
+        steps,
+        pct_start=max(0.1, 2 / steps),  # a warm-up of at least two steps
+        cycle_momentum=False,
     )
     show_progress = train_progress("VAE", steps)
     with log_losses(log_path, optimizer) as log:
@@ -81,12 +87,12 @@ def train_unet(
     """
     dataset = NoisyLatents(latents, labels, scheduler, config.steps, config.batch_size)
     loader = DataLoader(dataset, batch_size=None)  # the dataset yields whole mini-batches
-    optimizer = torch.optim.Adam(unet.parameters())
+    optimizer = torch.optim.Adam(unet.parameters(), config.learning_rate)
     lr_scheduler = OneCycleLR(
         optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False
     )
-    # Averaged weights generate better images than those of the last step, which depend on its
-    # noise (J. Ho et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B).
+    # The weights of the last step depend on its noise: average those of about the last 100 (J. Ho
+    # et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B).
     ema_model = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     show_progress = train_progress("U-Net", config.steps)
     with log_losses(log_path, optimizer) as log:
@@ -112,7 +118,6 @@ def train_or_load(config: TrainConfig, folder: Path, device: torch.device) -> La
         model = load_model(folder, device)
         show("model loaded from", folder)
         return model
-    save_config(folder, config)
     show_config(config)
     start = time.perf_counter()
     torch.manual_seed(config.seed)
@@ -127,6 +132,7 @@ def train_or_load(config: TrainConfig, folder: Path, device: torch.device) -> La
     train_unet(model.unet, latents, data.y_train, model.scheduler, config, log_path)
     print()
     show("training time", f"{time.perf_counter() - start:.0f} s on {device}")
+    save_config(folder, config)
     save_model(folder, model)
     show("model saved to", folder)
     return model

@@ -94,7 +94,7 @@ def print_profiles(profiles: dict[str, StepProfile]) -> None:
     def print_row(label: str, values: Iterable[float]) -> None:
         print(f"  {label:<50}", *(f"{value:>10,.0f}" for value in values))
 
-    print(f"  {'microseconds per step':<45}calls", *(f"{name:>10}" for name in profiles))
+    print(f"  {'microseconds per step':<41}max calls", *(f"{name:>10}" for name in profiles))
     columns = list(profiles.values())
     for name, line in OPERATORS.items():
         calls = max(column.calls.get(name, 0) for column in columns)
@@ -140,8 +140,7 @@ def time_of_a_step(
         "wide: 64-4096-10, 128 samples",
     )
     for label, step_profile in zip(labels, profiles.values(), strict=True):
-        share = step_profile.operator_share
-        check(label, f"{share:.0%} of the time in operators", 0 < share < 1)
+        show(label, f"{step_profile.operator_share:.0%} of the time in operators")
     print_profiles(profiles)
     events = json.loads(trace_path.read_text(encoding="utf-8"))["traceEvents"]
     layers = sum(event["name"] == "aten::linear" for event in events)

@@ -134,7 +134,8 @@ def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, one_pr
     assert status == 0, output
     assert re.search(rf"resumed from +{path}, epoch {reached}\n", output)
     assert_same(path, one_process)
-    status, output = torchrun(2, *options, "--learning-rate", 0.1)
+    longer = ["--epochs", EPOCHS + 1, "--output", tmp_path]
+    status, output = torchrun(2, *longer, "--learning-rate", 0.1)
     assert status == 1
     error = f"error: {path.parent} was trained with learning_rate 0.01, not 0.1; delete it"
     assert output.count(error) == 2, "of each rank"

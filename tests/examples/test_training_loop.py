@@ -286,7 +286,7 @@ def test_operator_share_is_low_in_python_and_high_in_matrix_products(model, most
 def test_example(tmp_path, capsys):
     training_loop.main(["--device", "cpu", "--output", str(tmp_path / "new")])
     printed = capsys.readouterr().out
-    assert printed.count(" ok\n") == 21
+    assert printed.count(" ok\n") == 17
     assert_transcript("training_loop", printed)
     figure = matplotlib.image.imread(tmp_path / "new" / "training_loop.png")
     assert figure.shape == (840, 1440, 4)

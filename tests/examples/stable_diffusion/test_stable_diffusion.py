@@ -275,7 +275,7 @@ def test_model_with_another_config_is_neither_loaded_nor_overwritten(run):
 
 
 def test_model_is_trained_and_saved_if_there_is_none(tmp_path, capsys):
-    config, device = TrainConfig(vae_epochs=1, steps=20), torch.device("cpu")
+    config, device = TrainConfig(vae_epochs=5, batch_size=1000, steps=20), torch.device("cpu")
     trained = train_or_load(config, tmp_path, device)
     loaded = train_or_load(config, tmp_path, device)
     assert capsys.readouterr().out.count("model loaded from") == 1
