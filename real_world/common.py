@@ -1,29 +1,23 @@
-"""What several examples share: options, output, progress, losses.jsonl, and how they end."""
+"""What several examples share: options, output, files, and how they end."""
 
 import argparse
-import contextlib
 import dataclasses
 import errno
-import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import lesson_code as lesson
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Config = TypeVar("Config", bound="DataclassInstance")
-OnStep = Callable[[int, torch.Tensor], None]  # called by train() with a step and its loss
 OUTPUT = Path(lesson.__file__).parent / "checkpoints"
 
 
@@ -78,18 +72,13 @@ def device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def option(default: float | str | None, help: str, minimum: int = 1) -> Any:  # noqa: ANN401
-    """Return a field of a config: its default, what it is, and the minimum of an int."""
-    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum})
-
-
 def make_parser(
     example: str, description: str, *configs: "DataclassInstance"
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that examples share.
 
-    Each field of `configs`, which are dataclasses with fields from `option()`, becomes an option
-    whose default is None: see `with_options()`. Fields are int, float or str.
+    `configs` are dataclasses whose fields, int, float or str, are from `training.option()`. Each
+    becomes an option, None if it is not given: see `training.with_options()`.
     """
     parser = argparse.ArgumentParser(f"python -m real_world.{example}", description=description)
     add = parser.add_argument
@@ -117,13 +106,6 @@ def make_parser(
     return parser
 
 
-def with_options(config: Config, args: argparse.Namespace) -> Config:
-    """Return a config with the fields that have been given on the command line."""
-    values = {name: getattr(args, name) for name in dataclasses.asdict(config)}
-    given = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(config, **given)
-
-
 def run_cli(main: Callable[[], None]) -> None:
     """Run an example's main(), then exit; a user's mistake gets one line, a bug its traceback."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None if it is closed, by `>&-`)
@@ -139,98 +121,6 @@ def run_cli(main: Callable[[], None]) -> None:
         if error.filename is None and error.errno != errno.ENOSPC:  # a bug, not a wrong path
             raise
         sys.exit(f"error: {error}")
-
-
-def show_config(config: Config) -> None:
-    """Print the fields of a config."""
-    for name, value in dataclasses.asdict(config).items():
-        show(name, value)
-
-
-def save_config(folder: Path, config: Config) -> None:
-    """Save a config as train_config.json, in a folder that is created."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    atomic_write(folder / "train_config.json", f"{text}\n".encode())
-
-
-def load_config(folder: Path, default: Config) -> Config:
-    """Return the config that was saved in a folder, or the default. Raises CheckpointError."""
-    path = folder / "train_config.json"
-    if not path.exists():
-        return default
-    try:
-        return dataclasses.replace(default, **json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise lesson.CheckpointError(f"{path} is not a config: {error}") from None
-
-
-def check_config(folder: Path, config: Config, *may_differ: str) -> None:
-    """Compare a config with the one that was saved in a folder, if there is one.
-
-    Raises CheckpointError if a field that is not in `may_differ` has another value.
-    """
-    saved = dataclasses.asdict(load_config(folder, config))
-    for name, value in dataclasses.asdict(config).items():
-        if name not in may_differ and saved[name] != value:
-            message = f"{folder} was trained with {name} {saved[name]}, not {value}"
-            raise lesson.CheckpointError(f"{message}; delete it, or choose another --output")
-
-
-@contextlib.contextmanager
-def log_losses(path: Path, optimizer: torch.optim.Optimizer) -> Iterator[OnStep]:
-    """Yield an on_step for train() that writes a file of losses while a model is trained.
-
-    A line has the step, from 1, its loss and learning rate, and the seconds since the start. Call
-    this on_step before that of a schedule, which changes the learning rate.
-    """
-    start = time.perf_counter()
-    steps: list[tuple[torch.Tensor, float, float]] = []  # loss, learning rate, seconds
-    num_written = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-
-        def write() -> None:
-            nonlocal num_written
-            if not steps:
-                return
-            losses = torch.stack([loss for loss, _, _ in steps]).tolist()  # waits for the GPU
-            for loss, (_, learning_rate, seconds) in zip(losses, steps, strict=True):
-                num_written += 1
-                line = {"step": num_written, "loss": loss, "learning_rate": learning_rate}
-                file.write(json.dumps({**line, "seconds": round(seconds, 6)}) + "\n")
-            file.flush()
-            steps.clear()
-
-        def on_step(step: int, loss: torch.Tensor) -> None:
-            seconds = time.perf_counter() - start
-            steps.append((loss, optimizer.param_groups[0]["lr"], seconds))
-            if len(steps) == 10:
-                write()
-
-        try:
-            yield on_step
-        finally:
-            write()
-
-
-def read_losses(path: Path) -> list[float]:
-    """Return the loss of every step in a file that `log_losses()` wrote."""
-    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
-
-
-def train_progress(title: str, steps: int) -> OnStep:
-    """Return an on_step for train(): a progress bar, and the loss ten times."""
-    bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=None)
-
-    def on_step(step: int, loss: torch.Tensor) -> None:
-        bar.update()
-        if 10 * (step + 1) // steps > 10 * step // steps:  # .item() waits for the GPU
-            bar.write(f"    step {step + 1:>5}    loss {loss.item():.4f}")
-        if step + 1 == steps:
-            bar.close()
-
-    return on_step
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -8,19 +8,11 @@ begins to overfit; a test set, which is used once, at the end.
 """
 
 import lesson_code as lesson
-from real_world.common import (
-    check,
-    make_parser,
-    print_heading,
-    run_cli,
-    save_config,
-    show,
-    show_config,
-    with_options,
-)
+from real_world.common import check, make_parser, print_heading, run_cli, show
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.digits.train import TrainConfig, train_digits
+from real_world.training import save_config, show_config, with_options
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lesson_code as lesson
-from real_world.common import log_losses, option
 from real_world.digits.data import Digits
+from real_world.training import log_losses, option
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,10 @@ from real_world.common import (
     CheckFailed,
     bounded_int,
     check,
-    check_config,
     make_parser,
     print_heading,
     run_cli,
-    save_config,
     show,
-    show_config,
-    with_options,
 )
 from real_world.digits.data import load_digits
 from real_world.distributed import ddp, fsdp
@@ -41,6 +37,7 @@ from real_world.distributed.process_group import (
     run_on_rank_0,
     shard_slice,
 )
+from real_world.training import check_config, save_config, show_config, with_options
 
 QUOTE = "thousands of A100 GPUs coordinated via torch.distributed"
 TOLERANCE = 1e-9  # in float64; errors are at most 2e-14, and without scale_loss_by_shard() 6e-5

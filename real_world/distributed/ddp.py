@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
-from real_world.common import option
 from real_world.digits.model import build_model
 from real_world.distributed.process_group import (
     mean_over_ranks,
@@ -22,6 +21,7 @@ from real_world.distributed.process_group import (
     scale_loss_by_shard,
     shard_slice,
 )
+from real_world.training import option
 
 
 @dataclass(frozen=True)

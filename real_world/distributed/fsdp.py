@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lesson_code as lesson
-from real_world.common import option
 from real_world.distributed.process_group import (
     mean_over_ranks,
     run_on_rank_0,
@@ -33,6 +32,7 @@ from real_world.llama.data import RandomWindows, load_corpus, train_val_split
 from real_world.llama.model import Llama
 from real_world.llama.train import TrainConfig as LlamaTrainConfig
 from real_world.llama.train import next_token_loss
+from real_world.training import option
 
 BATCH_SIZE = LlamaTrainConfig.batch_size
 

@@ -18,17 +18,7 @@ from pathlib import Path
 import torch
 
 import lesson_code as lesson
-from real_world.common import (
-    bounded_int,
-    check,
-    make_parser,
-    print_heading,
-    run_cli,
-    save_config,
-    show,
-    show_config,
-    with_options,
-)
+from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
 from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
@@ -44,6 +34,7 @@ from real_world.llama.model import Llama
 from real_world.llama.parity import check_parity
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
 from real_world.llama.train import TrainConfig, evaluate, train_llama
+from real_world.training import save_config, show_config, with_options
 
 SAMPLING = SamplingParams(temperature=0.8)
 DTYPES = {

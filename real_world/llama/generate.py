@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from real_world.common import option
 from real_world.llama.model import KVCache, Llama
 from real_world.llama.tokenizer import Tokenizer
+from real_world.training import option
 
 
 @dataclass(frozen=True, kw_only=True)

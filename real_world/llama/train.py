@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lesson_code as lesson
-from real_world.common import log_losses, option, train_progress
 from real_world.llama.data import RandomWindows
 from real_world.llama.model import Llama
+from real_world.training import log_losses, option, train_progress
 
 
 @dataclass(frozen=True)

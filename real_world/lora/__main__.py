@@ -8,10 +8,11 @@ train() fine-tunes two pretrained models: SmolLM2, which is a Llama, and the dif
 stable_diffusion example. Their weights stay as they are; an adapter is trained and saved.
 """
 
-from real_world.common import make_parser, print_heading, run_cli, show, with_options
+from real_world.common import make_parser, print_heading, run_cli, show
 from real_world.lora.config import LLAMA, STABLE_DIFFUSION
 from real_world.lora.llama import finetune_llama
 from real_world.lora.stable_diffusion import finetune_stable_diffusion
+from real_world.training import with_options
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from real_world.common import option
+from real_world.training import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from real_world.common import check, save_config, show, show_config
+from real_world.common import check, show
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.data import load_corpus, train_val_split
 from real_world.llama.generate import GREEDY, stream_generate
@@ -19,6 +19,7 @@ from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train
 from real_world.lora.config import LLAMA, FinetuneConfig
 from real_world.lora.lora import LoraConfig, apply_lora
 from real_world.lora.verify import check_adapter, count_parameters, show_parameters
+from real_world.training import save_config, show_config
 
 CONTEXT_LENGTH = TrainConfig.context_length
 TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)

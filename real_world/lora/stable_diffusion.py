@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 import lesson_code as lesson
-from real_world.common import check, load_config, save_config, show, show_config
+from real_world.common import check, show
 from real_world.lora.attention import split_attention
 from real_world.lora.config import STABLE_DIFFUSION, FinetuneConfig
 from real_world.lora.lora import LoraConfig, apply_lora
@@ -17,6 +17,7 @@ from real_world.stable_diffusion.evaluate import nearest_distances, train_classi
 from real_world.stable_diffusion.pipeline import LatentDiffusion
 from real_world.stable_diffusion.train import TrainConfig, train_or_load, train_unet
 from real_world.stable_diffusion.unet import UNetInput
+from real_world.training import load_config, save_config, show_config
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out")  # all linear layers of the attention
 DIGIT = 7

@@ -14,20 +14,13 @@ import math
 
 import torch
 
-from real_world.common import (
-    load_config,
-    make_parser,
-    print_heading,
-    read_losses,
-    run_cli,
-    show,
-    with_options,
-)
+from real_world.common import make_parser, print_heading, run_cli, show
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import check_schedulers, evaluate_generation
 from real_world.stable_diffusion.pipeline import LatentDiffusion
 from real_world.stable_diffusion.plot import plot_example, save_images, to_text
 from real_world.stable_diffusion.train import TrainConfig, train_or_load
+from real_world.training import load_config, read_losses, with_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

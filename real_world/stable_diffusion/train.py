@@ -11,15 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lesson_code as lesson
-from real_world.common import (
-    check_config,
-    log_losses,
-    option,
-    save_config,
-    show,
-    show_config,
-    train_progress,
-)
+from real_world.common import show
 from real_world.stable_diffusion.data import NoisyLatents, load_images
 from real_world.stable_diffusion.pipeline import (
     WEIGHTS_FILE,
@@ -30,6 +22,14 @@ from real_world.stable_diffusion.pipeline import (
 from real_world.stable_diffusion.scheduler import NoiseScheduler
 from real_world.stable_diffusion.unet import UNet
 from real_world.stable_diffusion.vae import VAE, vae_loss
+from real_world.training import (
+    check_config,
+    log_losses,
+    option,
+    save_config,
+    show_config,
+    train_progress,
+)
 
 
 @dataclass(frozen=True)

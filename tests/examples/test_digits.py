@@ -10,11 +10,12 @@ from readmes import assert_transcript
 from torch import nn
 
 import lesson_code as lesson
-from real_world.common import CheckFailed, log_losses, read_losses
+from real_world.common import CheckFailed
 from real_world.digits import __main__ as digits
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.digits.plot import confusion_matrix
+from real_world.training import log_losses, read_losses
 
 
 def test_split_is_a_seeded_partition():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lesson_code import CheckpointError
-from real_world.common import CheckFailed, read_losses
+from real_world.common import CheckFailed
 from real_world.stable_diffusion import evaluate
 from real_world.stable_diffusion.__main__ import main
 from real_world.stable_diffusion.data import NoisyLatents, load_images
@@ -28,6 +28,7 @@ from real_world.stable_diffusion.scheduler import NoiseScheduler
 from real_world.stable_diffusion.train import TrainConfig, train_or_load, train_unet
 from real_world.stable_diffusion.unet import NULL_CLASS, UNet, UNetInput, timestep_embedding
 from real_world.stable_diffusion.vae import VAE, VAEOutput, vae_loss
+from real_world.training import read_losses
 
 
 @pytest.fixture(scope="module")
