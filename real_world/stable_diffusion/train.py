@@ -114,7 +114,7 @@ def train_or_load(config: TrainConfig, folder: Path, device: torch.device) -> La
     Raises CheckpointError if the model was trained with another config, or if it is damaged.
     """
     if (folder / WEIGHTS_FILE).exists():
-        check_config(folder, config, "seed")  # that of the images to generate
+        check_config(folder, config, "seed")  # which may differ: it is that of the images
         model = load_model(folder, device)
         show("model loaded from", folder)
         return model
