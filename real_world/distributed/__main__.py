@@ -162,6 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--bandwidth", metavar="GBIT", type=number, default=100, help="Gb/s (default: 100)")
     add("--latency", metavar="US", type=number, default=5, help="us per message (default: 5)")
     args = parser.parse_args(argv)
+    for name in ("epochs", "save_every") if args.fsdp else ("steps",):
+        if getattr(args, name) is not None:
+            which = "with" if args.fsdp else "without"
+            parser.error(f"argument --{name.replace('_', '-')}: has no effect {which} --fsdp")
     ddp_config = with_options(ddp.TrainConfig(), args)
     fsdp_config = with_options(fsdp.TrainConfig(), args)
     config = fsdp_config if args.fsdp else ddp_config

@@ -108,7 +108,7 @@ def scale_loss_by_shard(
 
 
 def mean_over_ranks(losses: list[float], device: torch.device) -> list[float]:
-    """Return the mean over all ranks of each loss."""
+    """Return the mean over all ranks of each loss: with `scale_loss_by_shard()`, the batch's."""
     total = torch.tensor(losses, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).tolist()

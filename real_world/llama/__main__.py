@@ -11,6 +11,7 @@ smaller, its tokens are bytes, and lm_head shares the weights of the embedding.
 """
 
 import argparse
+import dataclasses
 import textwrap
 import time
 from pathlib import Path
@@ -84,6 +85,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for option, value in needs_prompt.items():
         if value and args.prompt is None:
             parser.error(f"{option} requires --prompt")
+    for field in dataclasses.fields(TrainConfig):
+        if args.prompt and field.name != "seed" and getattr(args, field.name) is not None:
+            parser.error(f"argument --{field.name}: has no effect with --prompt".replace("_", "-"))
     args.config = with_options(TrainConfig(), args)
     if args.config.context_length > LLAMA_TINY.max_position_embeddings:
         parser.error(f"argument --context-length: at most {LLAMA_TINY.max_position_embeddings}")

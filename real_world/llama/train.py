@@ -63,7 +63,10 @@ def train_llama(model: Llama, text: torch.Tensor, config: TrainConfig, folder: P
 
 @torch.no_grad()
 def evaluate(model: Llama, text: torch.Tensor, config: TrainConfig) -> float:
-    """Return the mean loss on a whole text, in nats per token, in windows of context_length."""
+    """Return the mean loss on a text, in nats per token, in windows of context_length.
+
+    The context of a token begins with its window. The last window is left out if it is shorter.
+    """
     model.eval()
     text = text.to(model.lm_head.weight.device).long()
     size = (len(text) - 1) // config.context_length * config.context_length
@@ -71,6 +74,6 @@ def evaluate(model: Llama, text: torch.Tensor, config: TrainConfig) -> float:
     y = text[1 : size + 1].view(-1, config.context_length)  # the next token of each
     total = torch.zeros((), device=X.device)
     batches = zip(X.split(config.batch_size), y.split(config.batch_size), strict=True)
-    for micro_X, micro_y in batches:
-        total += len(micro_X) * next_token_loss(model(micro_X), micro_y)
+    for batch_X, batch_y in batches:
+        total += len(batch_X) * next_token_loss(model(batch_X), batch_y)
     return (total / len(X)).item()

@@ -74,8 +74,8 @@ def read_config(path: Path) -> LoraConfig:
             if content.get(field) not in values:
                 value = json.dumps(content.get(field))
                 raise CheckpointError(f"{path} is not supported: {field} is {value}")
-        if content["r"] < 1:
-            raise ValueError("r must be at least 1")
+        if not isinstance(content["r"], int) or content["r"] < 1:
+            raise ValueError("r must be an integer of at least 1")
         return LoraConfig(tuple(target_modules), content["r"], float(content["lora_alpha"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of an adapter: {error!r}") from None

@@ -27,7 +27,9 @@ class LoraLinear(nn.Module):
         weight = base_layer.weight  # the device and the dtype are the same
         self.lora_A = nn.Linear(base_layer.in_features, r, bias=False).to(weight)
         self.lora_B = nn.Linear(r, base_layer.out_features, bias=False).to(weight)
-        nn.init.zeros_(self.lora_B.weight)  # the update is zero: training starts from the base
+        # B is zero, so that training starts from the base model. A is not: the gradient of each has
+        # the other as a factor. nn.Linear's initialization is peft's; the paper's is Gaussian.
+        nn.init.zeros_(self.lora_B.weight)
         self.scaling = lora_alpha / r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

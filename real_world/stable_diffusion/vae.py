@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-KL_WEIGHT = 0.0005
+KL_WEIGHT = 0.0005  # small, as in Stable Diffusion: images that are sharp matter more
 
 
 class VAEOutput(NamedTuple):
@@ -49,6 +49,10 @@ class VAE(nn.Module):
 
 
 def vae_loss(output: VAEOutput, images: torch.Tensor) -> torch.Tensor:
-    """Return the reconstruction error plus the weighted KL divergence from a standard normal."""
+    """Return the reconstruction error plus the weighted KL divergence from a standard normal.
+
+    Both are means over pixels and latents (Kingma and Welling, appendix B, has sums).
+    """
+    # (mean^2 + variance - 1 - log variance) / 2
     kl = (output.mean**2 + output.logvar.exp() - 1 - output.logvar).mean() / 2
     return nn.functional.mse_loss(output.images, images) + KL_WEIGHT * kl

@@ -202,6 +202,7 @@ def test_costs_are_those_of_real_models():
         "--temperature=nan",
         "--learning-rate=-1",
         "--min-p=2",
+        "--prompt=a --learning-rate=1",
         "--context-length=9000",
     ],
 )
