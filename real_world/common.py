@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import errno
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -131,6 +132,17 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises CheckpointError if there is none, OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
+    except ValueError as error:  # also if it is not UTF-8
+        raise lesson.CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise lesson.CheckpointError(f"{path} is not a JSON object")
+    return content
 
 
 def load_lesson_model(path: Path) -> lesson.SimpleClassifier:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world.common import atomic_write, show
+from real_world.common import atomic_write, read_json, show
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,8 +53,8 @@ def load_config(folder: Path, default: Config) -> Config:
     if not path.exists():
         return default
     try:
-        return dataclasses.replace(default, **json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        return dataclasses.replace(default, **read_json(path))
+    except TypeError as error:
         raise lesson.CheckpointError(f"{path} is not a config: {error}") from None
 
 

@@ -85,7 +85,7 @@ def train_fsdp(
     model: Llama, optimizer: torch.optim.Optimizer, config: TrainConfig, first_step: int
 ) -> list[float]:
     """Train a sharded model in place, from `first_step` to the last; return the losses."""
-    device = model.lm_head.weight.device
+    device = model.model.embed_tokens.weight.device
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
     shard = shard_slice(BATCH_SIZE, rank, world_size)  # NEW
     shard_size = shard.stop - shard.start  # NEW

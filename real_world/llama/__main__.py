@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 
 import lesson_code as lesson
-from real_world.common import bounded_int, check, make_parser, print_heading, run_cli, show
+from real_world.common import (
+    CheckFailed,
+    bounded_int,
+    check,
+    make_parser,
+    print_heading,
+    run_cli,
+    show,
+)
 from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
@@ -121,6 +129,9 @@ def continue_prompts(args: argparse.Namespace) -> None:
     folder = model_folder(args)
     model = load_pretrained(folder, args.device, DTYPES[args.dtype])
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    for stop in args.stop:
+        if not tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
+            raise CheckFailed(f"--stop {stop!r} is a special token, which is not part of the text")
     starts, prompts = [], []  # what is printed before each text, and the tokens that it continues
     for prompt in args.prompt:
         chat = None

@@ -4,8 +4,9 @@ Safetensors files hold tensors only; unlike pickles, they cannot run code when t
 """
 
 import json
+import math
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lesson_code import CheckpointError
-from real_world.common import atomic_write
+from real_world.common import atomic_write, read_json
 from real_world.llama.config import LinearRopeScaling, LlamaConfig, RopeScaling
 from real_world.llama.model import Llama
+
+LFS_POINTER = b"version https://git-lfs"  # the start of what Git stores instead of a large file
 
 
 def check_requirements(path: Path, requirements: dict[str, bool]) -> None:
@@ -58,14 +61,15 @@ def read_rope(
 def read_eos_token_ids(content: dict) -> tuple[int, ...]:
     """Return eos_token_id: one number, a list, or none."""
     eos = content.get("eos_token_id")
-    return (eos,) if isinstance(eos, int) else tuple(eos or ())
+    ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
+    if not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"eos_token_id is {eos!r}")
+    return ids
 
 
 def read_config(path: Path) -> LlamaConfig:
     """Read a config.json. Raises CheckpointError if it describes a model that is not supported."""
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
+    content = read_json(path)
     requirements = {
         "model_type 'llama'": content.get("model_type") == "llama",
         "hidden_act 'silu'": content.get("hidden_act", "silu") in ("silu", "swish"),  # synonyms
@@ -74,6 +78,13 @@ def read_config(path: Path) -> LlamaConfig:
         "is_causal True": content.get("is_causal", True),
         "no per_layer_config": not content.get("per_layer_config"),
         "no quantization_config": not content.get("quantization_config"),
+        "no attention_chunk_size": not content.get("attention_chunk_size"),
+        "layer_types 'full_attention'": set(content.get("layer_types") or []) <= {"full_attention"},
+        "no sliding_window below max_position_embeddings": (
+            bool(content.get("layer_types"))  # all of them are full_attention
+            or (content.get("sliding_window") or math.inf)
+            >= (content.get("max_position_embeddings") or 2048)
+        ),
     }
     check_requirements(path, requirements)
     # transformers 5 writes all of it to rope_parameters, other versions and Meta to rope_scaling.
@@ -85,7 +96,7 @@ def read_config(path: Path) -> LlamaConfig:
     kv_heads = content.get("num_key_value_heads") or heads
     multiple = "num_attention_heads that are a multiple of num_key_value_heads"
     check_requirements(path, {multiple: heads % kv_heads == 0})
-    return LlamaConfig(  # the defaults are those of transformers
+    config = LlamaConfig(  # the defaults are those of transformers
         vocab_size=content["vocab_size"],
         hidden_size=content["hidden_size"],
         intermediate_size=content["intermediate_size"],
@@ -100,6 +111,11 @@ def read_config(path: Path) -> LlamaConfig:
         tie_word_embeddings=content.get("tie_word_embeddings", False),
         eos_token_ids=read_eos_token_ids(content),
     )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, float) and not isinstance(value, (int, float)):
+            raise ValueError(f"{field.name} is {value!r}")
+    return config
 
 
 def config_to_dict(config: LlamaConfig) -> dict:
@@ -123,13 +139,20 @@ def load_weights(
     if path.exists():
         paths = [path]
     elif index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-        paths = sorted(folder / file for file in files)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        paths = sorted(folder / file for file in set(weight_map.values()))
     else:
         message = "pickled weights (.bin, .pth), which can run code, are not supported"
         raise CheckpointError(f"{folder} has no model.safetensors; {message}")
     state_dict: dict[str, torch.Tensor] = {}
     for path in paths:
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing")
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{path} is a pointer of Git LFS: run `git lfs pull`")
         try:
             state_dict |= load_file(path, device=str(device))
         except SafetensorError as error:
@@ -183,7 +206,7 @@ def load_pretrained(
     try:
         config = read_config(path)
         path = folder / "generation_config.json"  # instruct models end a turn by another token
-        if path.exists() and (eos := read_eos_token_ids(json.loads(path.read_text()))):
+        if path.exists() and (eos := read_eos_token_ids(read_json(path))):
             config = replace(config, eos_token_ids=eos)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of a Llama: {error!r}") from None
@@ -197,16 +220,24 @@ def load_pretrained(
     except RuntimeError as error:  # lists missing and unexpected names, and different shapes
         raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
     model.tie_weights()
-    return model
+    return model.to(device)
 
 
 def save_pretrained(model: Llama, folder: Path | str) -> None:
-    """Save a Llama to a folder that load_pretrained() and Hugging Face's libraries read."""
+    """Save a Llama to a folder that load_pretrained() and Hugging Face's libraries read.
+
+    Raises CheckpointError if the model has an adapter: merge it first.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state_dict = model.state_dict()
-    if model.config.tie_word_embeddings:
+    if any("lora_" in name for name in state_dict):
+        raise CheckpointError("the model has an adapter: call merge_lora() before it is saved")
+    # After LoRA on lm_head, the merged weight is not that of the embedding any more.
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    if tied:
         del state_dict["lm_head.weight"]
+    folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "model.safetensors", save(state_dict, metadata={"format": "pt"}))
-    config = json.dumps(config_to_dict(model.config), indent=2)
+    content = config_to_dict(replace(model.config, tie_word_embeddings=tied))
+    config = json.dumps(content, indent=2)
     atomic_write(folder / "config.json", f"{config}\n".encode())

@@ -81,7 +81,9 @@ def print_costs(model: Llama) -> None:
 @torch.no_grad()
 def count_flops(model: Llama, length: int) -> int:
     """Count the floating-point operations of a forward pass with FlopCounterMode."""
-    tokens = torch.zeros(1, length, dtype=torch.int64, device=model.lm_head.weight.device)
+    tokens = torch.zeros(
+        1, length, dtype=torch.int64, device=model.model.embed_tokens.weight.device
+    )
     # The counter does not know the CPU's fused attention: use the math backend.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens)
@@ -90,7 +92,9 @@ def count_flops(model: Llama, length: int) -> int:
 
 def seconds_per_token(model: Llama, length: int, use_cache: bool) -> float:
     """Return the median time of a new token after `length` tokens."""
-    prompt = torch.zeros(1, length, dtype=torch.int64, device=model.lm_head.weight.device)
+    prompt = torch.zeros(
+        1, length, dtype=torch.int64, device=model.model.embed_tokens.weight.device
+    )
     tokens = generate(model, prompt, 6, use_cache=use_cache)
     next(tokens).item()  # processes the prompt
     times = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lesson_code import CheckpointError
 from real_world.llama.model import KVCache, Llama
 from real_world.llama.tokenizer import Tokenizer
 from real_world.training import option
@@ -55,7 +56,9 @@ def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.top_p < 1:
         sorted_logits, order = logits.sort(descending=True)
         p = sorted_logits.softmax(dim=-1)
-        remove = p.cumsum(dim=-1) - p >= params.top_p  # more likely tokens have top_p already
+        # More likely tokens have top_p already. Not cumsum - p: it rounds.
+        remove = p.cumsum(dim=-1).roll(1, dims=-1) >= params.top_p
+        remove[:, 0] = False
         logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
     if params.min_p > 0:
         p = logits.softmax(dim=-1)
@@ -74,7 +77,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, rng: torch.Generator) -
 
 def make_caches(model: Llama, batch_size: int, max_length: int) -> list[KVCache]:
     """Return an empty KV cache for each layer."""
-    weight = model.lm_head.weight
+    weight = model.model.embed_tokens.weight
     return [KVCache(model.config, batch_size, max_length, like=weight) for _ in model.model.layers]
 
 
@@ -121,6 +124,8 @@ def generate(
     After its first end-of-sequence token, a row has only such tokens. When all rows have ended,
     generation stops.
 
+    Raises CheckpointError if the logits are not finite.
+
     Args:
         model: a Llama.
         prompt: (batch, length) int64; shorter prompts are padded on the left.
@@ -144,6 +149,8 @@ def generate(
     for step in range(max_new_tokens):
         if caches is None or step == 0:
             logits = prefill(model, tokens, caches, attention_mask)
+            if not logits.isfinite().all():
+                raise CheckpointError("the logits are not finite: the weights are damaged")
         else:
             logits = decode_one_token(model, tokens[:, -1], caches, attention_mask)
         next_token = sample(logits, params, rng)
@@ -187,7 +194,7 @@ def stream_generate(
     start = len(tokenizer.decode(prompt))
     text = ""  # all that is generated
     num_yielded = 0  # characters
-    batch = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, length)
+    batch = torch.tensor([prompt], device=model.model.embed_tokens.weight.device)  # (1, length)
     for token in generate(model, batch, max_new_tokens, params):
         tokens.append(int(token))
         if tokens[-1] in model.config.eos_token_ids:
@@ -217,7 +224,9 @@ def batch_generate(
     Each text ends as in `stream_generate()`, but a stop string does not end the generation: the
     text is cut afterwards.
     """
-    tokens, mask = (tensor.to(model.lm_head.weight.device) for tensor in pad_left(prompts))
+    tokens, mask = (
+        tensor.to(model.model.embed_tokens.weight.device) for tensor in pad_left(prompts)
+    )
     new = list(generate(model, tokens, max_new_tokens, params, attention_mask=mask))
     texts = []
     for prompt, row in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):

@@ -3,8 +3,9 @@
 A. Grattafiori et al., "The Llama 3 Herd of Models", 2024, section 3.2.
 """
 
-import functools
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from real_world.llama.config import LinearRopeScaling, LlamaConfig
 # %% Rotary position embedding (J. Su et al., "RoFormer", 2021, section 3.2.2)
 
 
-@functools.lru_cache(maxsize=8)  # computed once per model, not once per token
 def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
     """Return the angle by which each pair of features rotates per position, (head_dim / 2,).
 
@@ -35,12 +35,12 @@ def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
 
 
 def rope_cos_sin(
-    config: LlamaConfig, start: int, length: int, like: torch.Tensor
+    inv_freq: torch.Tensor, start: int, length: int, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin, (length, head_dim), of positions from `start`, in the dtype of `like`."""
     # In bfloat16, the angles of distant positions would be wrong: convert only the results.
     positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, rope_inv_freq(config, like.device))  # (length, head_dim / 2)
+    angles = torch.outer(positions, inv_freq)  # (length, head_dim / 2)
     angles = angles.repeat(1, 2)  # (length, head_dim): the same for both features of a pair
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -174,12 +174,24 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The decoder stack, without lm_head: Hugging Face's LlamaModel."""
 
+    inv_freq: torch.Tensor  # of the rotary embedding, (head_dim / 2,) float32
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # On the CPU even if the parameters are on the meta device: it is not in a checkpoint.
+        inv_freq = rope_inv_freq(config, torch.device("cpu"))
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move to a device or convert to a dtype; the frequencies stay in float32."""
+        inv_freq = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = inv_freq.to(self.inv_freq.device)
+        return self
 
     def forward(
         self,
@@ -192,7 +204,7 @@ class Decoder(nn.Module):
         start = caches[0].length if caches else 0
         assert start == 0 or length == 1, "after the prompt, decode one token at a time"
         x = self.embed_tokens(tokens)  # (batch, length, hidden_size)
-        cos, sin = rope_cos_sin(self.config, start, length, like=x)
+        cos, sin = rope_cos_sin(self.inv_freq, start, length, like=x)
         attn_mask = None if attention_mask is None else padding_mask(attention_mask, length)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, caches[index] if caches else None, attn_mask)

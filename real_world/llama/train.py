@@ -34,7 +34,7 @@ def train_llama(model: Llama, text: torch.Tensor, config: TrainConfig, folder: P
 
     The losses are also written to losses.jsonl in `folder`, while it trains.
     """
-    text = text.to(model.lm_head.weight.device)
+    text = text.to(model.model.embed_tokens.weight.device)
     windows = RandomWindows(
         text, config.batch_size, config.context_length, config.steps, config.seed
     )
@@ -68,7 +68,7 @@ def evaluate(model: Llama, text: torch.Tensor, config: TrainConfig) -> float:
     The context of a token begins with its window. The last window is left out if it is shorter.
     """
     model.eval()
-    text = text.to(model.lm_head.weight.device).long()
+    text = text.to(model.model.embed_tokens.weight.device).long()
     size = (len(text) - 1) // config.context_length * config.context_length
     X = text[:size].view(-1, config.context_length)  # (windows, context_length)
     y = text[1 : size + 1].view(-1, config.context_length)  # the next token of each

@@ -58,7 +58,9 @@ def training_costs(model: Llama) -> tuple[int, int, float]:
     The memory is that of weights, gradients and Adam's two averages, without activations.
     """
     trainable = count_parameters(model, trainable_only=True)
-    X = torch.zeros(1, CONTEXT_LENGTH, dtype=torch.int64, device=model.lm_head.weight.device)
+    X = torch.zeros(
+        1, CONTEXT_LENGTH, dtype=torch.int64, device=model.model.embed_tokens.weight.device
+    )
     # The counter does not know the CPU's fused attention: use the math backend.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         next_token_loss(model(X), X).backward()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lesson_code import CheckpointError
-from real_world.common import atomic_write
+from real_world.common import atomic_write, read_json
 from real_world.stable_diffusion.scheduler import (
     BETA_END,
     BETA_START,
@@ -58,12 +58,9 @@ def load_scheduler(path: Path) -> NoiseScheduler:
     defaults, and options of other samplers are ignored. Raises CheckpointError if the file is
     missing or not JSON, or if a value is not supported; it names each field with its value.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is missing or is not a JSON object")
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
+    config = read_json(path)
     values = {field: config.get(field, default) for field, (default, _) in FIELDS.items()}
     unsupported = [
         f"{field} is {json.dumps(values[field])}"

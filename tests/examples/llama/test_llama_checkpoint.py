@@ -134,6 +134,8 @@ def test_config_json_as_published_and_its_defaults(tmp_path):
         ({"model_type": "mistral"}, "must have model_type 'llama'"),
         ({"rope_scaling": {"type": "yarn"}}, "must have rope_type 'default', 'linear' or 'llama3'"),
         ({"num_key_value_heads": 3}, "a multiple of num_key_value_heads"),
+        ({"vocab_size": "97"}, "vocab_size is '97'"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
         ({}, r"model\.safetensors is damaged"),
     ],
 )
@@ -145,6 +147,43 @@ def test_folder_that_cannot_be_loaded(changes, message, tmp_path):
         os.truncate(tmp_path / "model.safetensors", 5000)
     with pytest.raises(lesson.CheckpointError, match=message):
         load_pretrained(tmp_path)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"\xff\xfe", "config.json is not JSON"),
+        ("config.json", b"[]", "config.json is not a JSON object"),
+        ("generation_config.json", b"[]", "generation_config.json is not a JSON object"),
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "run `git lfs pull`",
+        ),
+        (INDEX, b"", f"{INDEX} is not JSON"),
+        (INDEX, b"[]", f"{INDEX} is not a JSON object"),
+        (INDEX, b"{}", f"{INDEX} has no weight_map"),
+        (INDEX, b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
+    ],
+)
+def test_damaged_file_is_named_in_one_line(name, content, message, tmp_path):
+    save_pretrained(build(), tmp_path)
+    if name == INDEX:
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(lesson.CheckpointError, match=message) as error:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_byte_order_mark_in_config_json(tmp_path):
+    save_pretrained(build(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_pretrained(tmp_path).config == build().config
 
 
 def test_failed_save_keeps_the_old_files(tmp_path, monkeypatch):

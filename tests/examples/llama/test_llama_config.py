@@ -60,6 +60,9 @@ READ_UNDECLARED = {
     "rope_scaling": {"type": "linear", "factor": 2.0},
 }
 REFUSED_UNDECLARED = {
+    "attention_chunk_size": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "sliding_window": 8,
     "is_causal": False,
     "partial_rotary_factor": 0.5,
     "per_layer_config": {"0": {"rms_norm_eps": 0.5}},
@@ -136,6 +139,8 @@ def test_other_fields_have_no_effect(tmp_path):
     [
         {"num_key_value_heads": None, "head_dim": None},
         {"hidden_act": "swish"},
+        {"sliding_window": 8, "layer_types": ["full_attention"]},
+        {"sliding_window": 10_000},
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.5}, "rope_theta": 500.0},
         {"rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 500.0}},

@@ -9,6 +9,7 @@ import tokenizers
 import torch
 
 import lesson_code as lesson
+from lesson_code import CheckpointError
 from real_world.llama import __main__ as llama
 from real_world.llama import parity
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
@@ -64,6 +65,32 @@ def test_filter_logits_equals_transformers():
         expected = MinPLogitsWarper(min_p)(None, expected)
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         torch.testing.assert_close(filter_logits(logits, params), expected)
+
+
+def test_top_p_is_reached_exactly():
+    logits = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log()
+    filtered = filter_logits(logits, SamplingParams(temperature=1.0, top_p=0.8))
+    assert filtered.isfinite().tolist() == [[True, False, False, True]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_damaged_weights_raise_checkpoint_error(temperature):
+    model = build()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    params = SamplingParams(temperature=temperature)
+    with pytest.raises(CheckpointError, match="the logits are not finite"):
+        next(generate(model, PROMPT, 5, params))
+
+
+def test_export_leaves_other_models_alone():
+    """A table that models shared was one of fake tensors after an export."""
+    model = build()
+    torch.export.export(model, (PROMPT,))
+    with torch.no_grad():
+        logits = build()(PROMPT)
+    assert type(logits) is torch.Tensor
+    assert build().to(torch.bfloat16).float().model.inv_freq.equal(model.model.inv_freq)
 
 
 def test_sampling_is_seeded():

@@ -14,7 +14,7 @@ import torch
 from readmes import REAL_WORLD
 
 import lesson_code as lesson
-from real_world.common import OUTPUT
+from real_world.common import OUTPUT, CheckFailed
 from real_world.llama import __main__ as llama
 from real_world.llama import pretrained
 from real_world.llama.chat import apply_chat_template
@@ -70,6 +70,13 @@ def test_command_line_answers_as_in_the_readme(smollm2, capsys):
     assert printed.split()[:10] == answer.split()[:10]  # rounding may change later ones
     llama.main([*arguments, "--prompt", "One, two, three,", "--no-chat", "--max-new-tokens", "6"])
     assert capsys.readouterr().out == "One, two, three, four, five, six,\n"
+
+
+def test_special_token_as_stop_text_is_refused(smollm2):
+    """It is not part of the decoded text, so it would never be found."""
+    options = ["--pretrained", "smollm2", "--output", str(smollm2.parent), "--prompt", "a"]
+    with pytest.raises(CheckFailed, match="--stop '<|im_end|>' is a special token"):
+        llama.main([*options, "--stop", "<|im_end|>"])
 
 
 def test_tokens_and_text_equal_transformers(smollm2):
