@@ -14,8 +14,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from lesson_code import CheckpointError
-from real_world.common import atomic_write
-from real_world.lora.lora import LoraConfig, apply_lora
+from real_world.common import atomic_write, read_json
+from real_world.lora.lora import LoraConfig, apply_lora, find_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
 def read_config(path: Path) -> LoraConfig:
     """Read an adapter_config.json. Raises CheckpointError if it is not LoRA as in lora.py."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         target_modules = content["target_modules"]
         if not isinstance(target_modules, list):  # a pattern
             raise CheckpointError(f"{path} is not supported: target_modules is not a list")
@@ -90,18 +90,24 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """
     config = read_config(folder / CONFIG_FILE)
     try:
-        apply_lora(model, config)
+        targets = find_targets(model, config)
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     path = folder / WEIGHTS_FILE
     try:
         weights = load(path.read_bytes())
-        weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (SafetensorError, RuntimeError) as error:  # RuntimeError: other shapes
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-    missing = [name for name in missing if "lora_" in name]
-    if missing or unexpected:
-        message = f"its weights do not match the model: {(missing + unexpected)[0]}"
-        raise CheckpointError(f"{path}: {message}")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    expected = {}  # the shape of each weight
+    for name, linear in targets:
+        expected[f"{name}.lora_A.weight"] = (config.r, linear.in_features)
+        expected[f"{name}.lora_B.weight"] = (linear.out_features, config.r)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in expected | shapes:
+        if shapes.get(name) != expected.get(name):
+            message = f"{name} is {shapes.get(name)} instead of {expected.get(name)}"
+            raise CheckpointError(f"{path}: its weights do not match the model: {message}")
+    apply_lora(model, config)  # only now: a model is not changed by an adapter that is refused
+    model.load_state_dict(weights, strict=False)
     return config

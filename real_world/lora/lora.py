@@ -24,9 +24,11 @@ class LoraLinear(nn.Module):
     def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float) -> None:
         super().__init__()
         self.base_layer = base_layer
-        weight = base_layer.weight  # the device and the dtype are the same
-        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False).to(weight)
-        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False).to(weight)
+        # In float32, as in peft: in float16 or bfloat16, small updates would be lost.
+        dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
+        device = base_layer.weight.device
+        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False).to(device, dtype)
+        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False).to(device, dtype)
         # B is zero, so that training starts from the base model. A is not: the gradient of each has
         # the other as a factor. nn.Linear's initialization is peft's; the paper's is Gaussian.
         nn.init.zeros_(self.lora_B.weight)
@@ -34,22 +36,24 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., out_features)."""
-        h = self.lora_A(x)  # (..., in_features) -> (..., r)
+        h = self.lora_A(x.to(self.lora_A.weight.dtype))  # (..., in_features) -> (..., r)
         update = self.lora_B(h)  # (..., out_features)
-        return self.base_layer(x) + self.scaling * update
+        return self.base_layer(x) + (self.scaling * update).to(x.dtype)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """Return the linear layer with the update added to its weight, as fast as before."""
         update = self.lora_B.weight @ self.lora_A.weight  # (out_features, in_features)
         weight = self.base_layer.weight + self.scaling * update  # not in place: it may be shared
+        weight = weight.to(self.base_layer.weight.dtype)
         self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
         return self.base_layer
 
 
-def apply_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Freeze a model in place, and wrap its target modules. Raises ValueError if there are none."""
-    model.requires_grad_(False)
+def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Linear]]:
+    """Return the layers to adapt. Raises ValueError if there are none, or an adapter already."""
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise ValueError("the model has an adapter already: merge it first")
     suffixes = tuple(f".{name}" for name in config.target_modules)
     targets = [
         (name, module)
@@ -58,6 +62,13 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
     ]
     if not targets:
         raise ValueError(f"no linear layer is named {' or '.join(config.target_modules)}")
+    return targets
+
+
+def apply_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze a model in place, and wrap its target modules. Raises ValueError as find_targets()."""
+    targets = find_targets(model, config)
+    model.requires_grad_(False)
     for name, linear in targets:
         model.set_submodule(name, LoraLinear(linear, config.r, config.lora_alpha))
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 
 import matplotlib.image
@@ -12,12 +13,14 @@ import torch
 from readmes import REAL_WORLD, mask
 from torch import nn
 
+import lesson_code as lesson
 from lesson_code import CheckpointError
 from real_world.common import CheckFailed
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.model import Llama
 from real_world.llama.parity import CONFIGS, to_transformers
+from real_world.llama.train import next_token_loss
 from real_world.lora import stable_diffusion
 from real_world.lora.__main__ import main
 from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
@@ -203,7 +206,7 @@ def test_split_attention_does_not_change_the_output():
         ({"bias": "all"}, 'not supported: bias is "all"'),
         ({"target_modules": "all-linear"}, "target_modules is not a list"),
         ({"peft_type": "IA3"}, 'peft_type is "IA3"'),
-        ({"r": 5}, "size mismatch"),
+        ({"r": 5}, r"lora_A.weight is \(4, 96\) instead of \(5, 96\)"),
         ({"r": 0}, "is not the configuration of an adapter"),
         ({"r": "8"}, "is not the configuration of an adapter"),
         ({"target_modules": ["q_proj"]}, r"do not match the model: .*v_proj\.lora_"),
@@ -214,8 +217,55 @@ def test_split_attention_does_not_change_the_output():
 def test_other_adapters_raise_checkpoint_error(folder, change, message):
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = make_llama()
     with pytest.raises(CheckpointError, match=message):
-        load_adapter(make_llama(), folder)
+        load_adapter(model, folder)
+    modules = {type(module) for module in model.modules()}
+    assert LoraLinear not in modules, "a refused adapter changes nothing"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adapter_on_an_adapter_is_refused(folder):
+    model = make_llama()
+    apply_lora(model, LoraConfig(("o_proj",)))
+    with pytest.raises(CheckpointError, match="has an adapter already: merge it first"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapter_of_a_model_in_half_precision_is_trained_in_float32(dtype):
+    """In float16, the loss would be nan after some steps; in bfloat16, small updates are lost."""
+    model = make_llama().to(dtype)
+    apply_lora(model, CONFIG)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    before = [parameter.clone() for parameter in trained]
+    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    losses = lesson.train(model, [(TOKENS, TOKENS)], next_token_loss, optimizer, epochs=40)
+    assert all(math.isfinite(loss) for loss in losses)
+    moved = [(new != old).float().mean() for new, old in zip(trained, before, strict=True)]
+    assert min(moved) > 0.9
+    logits = model(TOKENS)
+    merge_lora(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    torch.testing.assert_close(model(TOKENS), logits, atol=0.05, rtol=0)
+
+
+def test_merged_lm_head_is_saved_beside_a_tied_embedding(tmp_path):
+    torch.manual_seed(0)
+    model = Llama(LLAMA_TINY)
+    apply_lora(model, LoraConfig(("lm_head",)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    with pytest.raises(CheckpointError, match="call merge_lora"):
+        save_pretrained(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    merge_lora(model)
+    save_pretrained(model, tmp_path / "model")
+    loaded = load_pretrained(tmp_path / "model")
+    assert not loaded.config.tie_word_embeddings
+    assert loaded(TOKENS).equal(model(TOKENS))
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
