@@ -44,8 +44,12 @@ def to_transformers(model: Llama) -> nn.Module:
 
     logging.disable(logging.NOTSET)
     config = TransformersConfig(**config_to_dict(model.config))
-    reference: nn.Module = LlamaForCausalLM(config)
-    reference.to(model.lm_head.weight)  # its device and dtype
+    reference = LlamaForCausalLM(config)
+    rotary_emb = reference.model.rotary_emb
+    inv_freq = rotary_emb.inv_freq
+    nn.Module.to(reference, model.lm_head.weight)  # its device and dtype
+    # Not in bfloat16: from_pretrained() keeps it in float32, too.
+    rotary_emb.inv_freq = inv_freq.to(rotary_emb.inv_freq.device)
     reference.load_state_dict(model.state_dict())
     return reference
 

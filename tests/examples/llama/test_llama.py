@@ -75,7 +75,7 @@ def test_bfloat16_logits_are_near_transformers_in_a_long_context():
     tokens = torch.randint(97, (1, 600))
     with torch.no_grad():
         diff = model(tokens) - parity.to_transformers(model)(tokens).logits
-    assert diff.abs().mean() < 0.05  # with angles computed in bfloat16, it is 0.2
+    assert diff.abs().mean() < 0.02  # RMSNorm rounds otherwise; with angles in bfloat16, 0.027
 
 
 # %% Data, training and costs
