@@ -83,5 +83,6 @@ def serve_metrics(bound: socket.socket, totals: Totals) -> None:
     server = ThreadingHTTPServer(("", 0), MetricsHandler, bind_and_activate=False)
     server.socket.close()
     server.socket = bound
+    server.request_queue_size = 128  # connections that wait; with 5, the default, some wait seconds
     server.server_activate()
     threading.Thread(target=server.serve_forever, daemon=True).start()
