@@ -100,7 +100,7 @@ def make_parser(
                 kind, metavar = bounded_int(field.metadata["minimum"]), "N"
             values = [getattr(config, name) for config in configs if hasattr(config, name)]
             defaults = " or ".join(dict.fromkeys(str(value) for value in values))
-            text = f"{field.metadata['help']} (default: {defaults})"
+            text = f"{field.metadata['help']} (default: {defaults.replace('None', 'off')})"
             add(f"--{name}".replace("_", "-"), metavar=metavar, type=kind, help=text)
     add("--output", metavar="DIR", type=Path, default=OUTPUT, help="default: checkpoints/")
     add("--no-figure", action="store_true", help="do not plot a figure")

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import tokenizers
-
 from lesson_code import CheckpointError
 
 
@@ -20,12 +18,17 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer of a model from Hugging Face, from its tokenizer.json."""
+    """The tokenizer of a model from Hugging Face, from its tokenizer.json.
+
+    transformers adds special tokens that only other files have, such as added_tokens.json.
+    """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
+        from transformers import PreTrainedTokenizerFast  # imported only here: it takes seconds
+
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # it raises no narrower one
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent).backend_tokenizer
+        except Exception as error:  # of any type
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
         self.tokenizer.no_truncation()  # fine-tuning stores both in the file
         self.tokenizer.no_padding()

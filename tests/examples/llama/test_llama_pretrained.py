@@ -125,6 +125,31 @@ def test_template_that_fails_or_leaves_the_sandbox(template, message, tmp_path):
         apply_chat_template(tmp_path, MESSAGES)
 
 
+ADDED_TOKENS = {
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {"3": {"content": "<e>", "special": True}},
+        "bos_token": "<e>",
+    },
+    "added_tokens.json": {"<e>": 3},
+}
+
+
+@pytest.mark.parametrize("name", ADDED_TOKENS)
+def test_special_tokens_that_only_another_file_has(name, tmp_path):
+    """As in older folders: they are one token, and known to the chat template."""
+    vocab = {"<": 0, "e": 1, ">": 2}
+    model = tokenizers.models.BPE(vocab, [])
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    content = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    (tmp_path / name).write_text(json.dumps(content | ADDED_TOKENS[name]))
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<e>"}')
+    assert load_tokenizer(tmp_path, vocab_size=4).encode("e<e>") == [1, 3]
+    assert apply_chat_template(tmp_path, [{"role": "user", "content": "e"}]) == "<e>e"
+
+
 def test_folder_without_a_template(tmp_path):
     assert apply_chat_template(tmp_path, MESSAGES) is None
 
