@@ -12,6 +12,7 @@ smaller, its tokens are bytes, and lm_head shares the weights of the embedding.
 
 import argparse
 import dataclasses
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from real_world.common import (
     show,
 )
 from real_world.llama.chat import apply_chat_template
-from real_world.llama.checkpoint import load_pretrained, save_pretrained
+from real_world.llama.checkpoint import load_pretrained, read_sampling, save_pretrained
 from real_world.llama.config import LLAMA_TINY
 from real_world.llama.costs import compare_decoding, num_parameters, print_costs
 from real_world.llama.data import byte_entropies, load_corpus, train_val_split
@@ -143,7 +144,14 @@ def continue_prompts(args: argparse.Namespace) -> None:
         else:
             prompts.append(tokenizer.encode(chat, add_special_tokens=False))
             starts.append("" if len(args.prompt) == 1 else f"{printable(prompt)}\n")
-    options = (args.max_new_tokens, args.params, args.stop)
+    recommended = read_sampling(folder)
+    if recommended:
+        print(f"generation_config.json: {recommended}; options win", file=sys.stderr)
+    try:
+        params = with_options(dataclasses.replace(SAMPLING, **recommended), args)
+    except (ValueError, TypeError) as error:
+        raise lesson.CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
+    options = (args.max_new_tokens, params, args.stop)
     if len(prompts) == 1:
         print(starts[0], end="", flush=True)
         for piece in stream_generate(model, tokenizer, prompts[0], *options):

@@ -8,6 +8,7 @@ import math
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -128,6 +129,14 @@ def config_to_dict(config: LlamaConfig) -> dict:
     if config.rope_scaling is not None:
         content["rope_scaling"]["rope_type"] = config.rope_scaling.rope_type
     return content
+
+
+def read_sampling(folder: Path) -> dict[str, Any]:
+    """Return the sampling that a model's makers recommend, by the names of SamplingParams."""
+    path = folder / "generation_config.json"
+    content = read_json(path) if path.exists() else {}
+    names = ("temperature", "top_k", "top_p", "min_p") if content.get("do_sample") else ()
+    return {name: content[name] for name in names if content.get(name) is not None}
 
 
 def load_weights(

@@ -2,7 +2,7 @@
 
     python -m real_world.training_loop
 
-The loops are in loops.py. Compared loops start from the same weights and use the same mini-batches.
+The loops are in loops.py; compared ones start from the same weights and use the same mini-batches.
 At the end, torch.profiler shows where the time of train() itself goes.
 """
 
@@ -226,7 +226,6 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     digits = load_digits(args.seed, args.device)
     show("changed lines", "marked with # NEW in real_world/training_loop/loops.py")
-
     shares = custom_loss(digits, args.seed)
     clipping = gradient_clipping(digits, args.seed)
     nan_in_the_data(digits, args.seed)

@@ -19,7 +19,7 @@ from real_world.llama import costs, parity
 from real_world.llama.checkpoint import save_pretrained
 from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
 from real_world.llama.data import RandomWindows, byte_entropies, load_corpus, train_val_split
-from real_world.llama.generate import generate
+from real_world.llama.generate import SamplingParams, generate
 from real_world.llama.model import KVCache, Llama
 from real_world.llama.train import TrainConfig, next_token_loss, train_llama
 
@@ -225,6 +225,23 @@ def test_dtype_of_the_command_line(tmp_path, monkeypatch):
     for name in ("auto", "float32", "bfloat16", "float16"):
         llama.main(["--weights", str(tmp_path), "--prompt", "a", "--dtype", name])
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_recommended_sampling_is_the_default(tmp_path, monkeypatch, capsys):
+    used = []
+    monkeypatch.setattr(llama, "stream_generate", lambda *args: used.append(args[4]) or iter(()))
+    save_pretrained(build(LLAMA_TINY), tmp_path)
+    recommended = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    options = ["--weights", str(tmp_path), "--prompt", "a"]
+    llama.main(options)
+    assert capsys.readouterr().err.startswith("generation_config.json: {'temperature': 0.6, ")
+    llama.main([*options, "--temperature", "0", "--seed", "3"])
+    expected = SamplingParams(temperature=0.6, top_k=50, top_p=0.9)
+    assert used == [expected, replace(expected, temperature=0.0, seed=3)]
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended | {"top_p": 2}))
+    with pytest.raises(lesson.CheckpointError, match="top_p must be"):
+        llama.main(options)
 
 
 def test_prompt_before_training(tmp_path):
