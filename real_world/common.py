@@ -78,8 +78,8 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that examples share.
 
-    `configs` are dataclasses whose fields, int, float or str, are from `training.option()`. Each
-    becomes an option, None if it is not given: see `training.with_options()`.
+    `configs` are dataclasses whose fields, int or float, are from `training.option()`. Each becomes
+    an option, None if it is not given: see `training.with_options()`.
     """
     parser = argparse.ArgumentParser(f"python -m real_world.{example}", description=description)
     add = parser.add_argument
@@ -91,11 +91,9 @@ def make_parser(
     else:
         fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
         for name, field in fields.items():
-            kind: Callable[[str], object]
+            kind: Callable[[str], float]
             if field.type is float:
                 kind, metavar = nonnegative_float, "X"
-            elif field.type is str:
-                kind, metavar = str, "TEXT"
             else:
                 kind, metavar = bounded_int(field.metadata["minimum"]), "N"
             values = [getattr(config, name) for config in configs if hasattr(config, name)]
@@ -135,7 +133,7 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError if there is none, OSError."""
+    """Return the object in a JSON file. Raises CheckpointError if it is damaged, OSError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
     except ValueError as error:  # also if it is not UTF-8

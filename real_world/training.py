@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 OnStep = Callable[[int, torch.Tensor], None]  # called by train() with a step and its loss
 
 
-def option(default: float | str | None, help: str, minimum: int = 1) -> Any:  # noqa: ANN401
+def option(default: float | None, help: str, minimum: int = 1) -> Any:  # noqa: ANN401
     """Return a field of a config: its default, what it is, and the minimum of an int."""
     return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum})
 

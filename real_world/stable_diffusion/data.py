@@ -24,7 +24,7 @@ class ImageData(NamedTuple):
 def load_images(device: torch.device | str = "cpu") -> ImageData:
     """Return 1,437 digits for training and 360 for the test, the same ones for every --seed."""
     digits = load_digits(seed=0, device=device)
-    # There is no model selection here: train on the validation data, too.
+    # Nothing is chosen by a validation loss here: train on the validation data, too.
     X_train = torch.cat((digits.X_train, digits.X_validation)).view(-1, 1, 8, 8)
     y_train = torch.cat((digits.y_train, digits.y_validation))
     return ImageData(X_train, y_train, digits.X_test.view(-1, 1, 8, 8), digits.y_test)

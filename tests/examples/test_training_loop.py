@@ -261,6 +261,8 @@ def test_profile_and_trace_have_the_operators_of_every_step(tmp_path):
     calls = {"aten::addmm": 2, "aten::_log_softmax": 1, "aten::mm": 3, "aten::sqrt": 4}
     assert {name: result.calls[name] for name in calls} == calls
     assert 0 < sum(result.self_times.values()) < result.profiled_time
+    times = result.self_times
+    assert times["aten::linear"] < times["aten::addmm"], "without the operators that it calls"
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event["name"] for event in events]
     assert {name: names.count(name) for name in calls} == {k: 20 * v for k, v in calls.items()}

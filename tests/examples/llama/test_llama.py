@@ -239,6 +239,9 @@ def test_recommended_sampling_is_the_default(tmp_path, monkeypatch, capsys):
     llama.main([*options, "--temperature", "0", "--seed", "3"])
     expected = SamplingParams(temperature=0.6, top_k=50, top_p=0.9)
     assert used == [expected, replace(expected, temperature=0.0, seed=3)]
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended | {"do_sample": False}))
+    llama.main(options)
+    assert used[2] == SamplingParams(temperature=0.8), "the example's own default"
     (tmp_path / "generation_config.json").write_text(json.dumps(recommended | {"top_p": 2}))
     with pytest.raises(lesson.CheckpointError, match="top_p must be"):
         llama.main(options)
