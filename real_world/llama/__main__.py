@@ -35,13 +35,14 @@ from real_world.llama.config import LLAMA_TINY
 from real_world.llama.costs import compare_decoding, num_parameters, print_costs
 from real_world.llama.data import byte_entropies, load_corpus, train_val_split
 from real_world.llama.generate import (
-    SamplingParams,
     batch_generate,
     printable,
     stream_generate,
 )
 from real_world.llama.model import Llama
 from real_world.llama.parity import check_parity
+from real_world.llama.quantize import quantize_int8
+from real_world.llama.sampling import SamplingParams
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
 from real_world.llama.train import TrainConfig, evaluate, train_llama
 from real_world.training import save_config, show_config, with_options
@@ -52,6 +53,7 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.bfloat16,  # before quantization, and of everything but linear layers
 }
 
 
@@ -81,6 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     stop = "end before this text (can be repeated)"
     add("--stop", metavar="TEXT", type=prompt_text, action="append", default=[], help=stop)
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as in the files)")
+    add("--compile", action="store_true", help="compile the decoding (the first time: a minute)")
     max_tokens = bounded_int(1, 2**17)
     add("--max-new-tokens", metavar="N", type=max_tokens, default=240, help="default: 240")
     args = parser.parse_args(argv)
@@ -90,6 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--no-chat": args.no_chat,
         "--stop": args.stop,
         "--dtype": DTYPES[args.dtype],
+        "--compile": args.compile,
     }
     for option, value in needs_prompt.items():
         if value and args.prompt is None:
@@ -129,6 +133,8 @@ def continue_prompts(args: argparse.Namespace) -> None:
     """
     folder = model_folder(args)
     model = load_pretrained(folder, args.device, DTYPES[args.dtype])
+    if args.dtype == "int8":
+        quantize_int8(model)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     for stop in args.stop:
         if not tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
@@ -144,6 +150,9 @@ def continue_prompts(args: argparse.Namespace) -> None:
         else:
             prompts.append(tokenizer.encode(chat, add_special_tokens=False))
             starts.append("" if len(args.prompt) == 1 else f"{printable(prompt)}\n")
+    for text, prompt in zip(args.prompt, prompts, strict=True):
+        if not prompt:
+            raise CheckFailed(f"--prompt {text!r} has no tokens")
     recommended = read_sampling(folder)
     if recommended:
         print(f"generation_config.json: {recommended}; options win", file=sys.stderr)
@@ -151,7 +160,7 @@ def continue_prompts(args: argparse.Namespace) -> None:
         params = with_options(dataclasses.replace(SAMPLING, **recommended), args)
     except (ValueError, TypeError) as error:
         raise lesson.CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
-    options = (args.max_new_tokens, params, args.stop)
+    options = (args.max_new_tokens, params, args.stop, args.compile)
     if len(prompts) == 1:
         print(starts[0], end="", flush=True)
         for piece in stream_generate(model, tokenizer, prompts[0], *options):

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from real_world.common import check
 from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
-from real_world.llama.generate import SamplingParams, generate
+from real_world.llama.generate import generate
 from real_world.llama.model import Llama
+from real_world.llama.sampling import SamplingParams
 from real_world.llama.train import TrainConfig
 
 LENGTHS = (64, 256, 1024, 4096)

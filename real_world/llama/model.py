@@ -4,7 +4,7 @@ A. Grattafiori et al., "The Llama 3 Herd of Models", 2024, section 3.2.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -35,12 +35,11 @@ def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
 
 
 def rope_cos_sin(
-    inv_freq: torch.Tensor, start: int, length: int, like: torch.Tensor
+    inv_freq: torch.Tensor, positions: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin, (length, head_dim), of positions from `start`, in the dtype of `like`."""
+    """Return cos and sin of positions, (length,), both (length, head_dim), in `like`'s dtype."""
     # In bfloat16, the angles of distant positions would be wrong: convert only the results.
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, inv_freq)  # (length, head_dim / 2)
+    angles = torch.outer(positions.float(), inv_freq)  # (length, head_dim / 2)
     angles = angles.repeat(1, 2)  # (length, head_dim): the same for both features of a pair
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -54,39 +53,49 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 # %% The model
 
 
-def padding_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """Return what each of the last `length` tokens attends to, (batch, 1, length, total).
+def make_attn_mask(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return which keys each new token attends to, (batch, 1, length, total) bool.
 
-    Their positions need no correction for padding on the left: with RoPE, attention depends on
-    the distance of two tokens only. Padding itself attends to nothing: its output is zero.
+    Positions need no correction for padding on the left: with RoPE, attention depends on the
+    distance of two tokens only. Padding itself attends to nothing: its output is zero.
 
     Args:
         attention_mask: (batch, total) bool, False for padding.
-        length: the number of new tokens; those before them are in the KV cache.
+        positions: (length,) int64 of the new tokens, which attend to no later position.
     """
-    total = attention_mask.shape[1]
-    causal = attention_mask.new_ones(length, total).tril(total - length)  # (length, total)
+    keys = torch.arange(attention_mask.shape[1], device=positions.device)  # (total,)
+    causal = keys <= positions[:, None]  # (length, total)
     return causal & attention_mask[:, None, None, :]  # (batch, 1, length, total)
 
 
-class KVCache:
-    """The keys and values of one layer for all previous tokens."""
+class KVCache(nn.Module):
+    """The keys and values of one layer, with room for max_length tokens.
+
+    Its shape never changes, and its tensors are buffers, so that a decoding step can be compiled
+    once, and be a CUDA graph.
+    """
+
+    k_cache: torch.Tensor  # (batch, kv_heads, max_length, head_dim)
+    v_cache: torch.Tensor  # (batch, kv_heads, max_length, head_dim)
 
     def __init__(
         self, config: LlamaConfig, batch_size: int, max_length: int, like: torch.Tensor
     ) -> None:
+        super().__init__()
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k_cache = like.new_empty(shape)
-        self.v_cache = like.new_empty(shape)
-        self.length = 0
+        # Not zeros: memory is used when tokens are written.
+        self.register_buffer("k_cache", like.new_empty(shape))
+        self.register_buffer("v_cache", like.new_empty(shape))
 
-    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys and values of new tokens; return those of all tokens."""
-        start = self.length
-        self.length += k.shape[2]
-        self.k_cache[:, :, start : self.length] = k
-        self.v_cache[:, :, start : self.length] = v
-        return self.k_cache[:, :, : self.length], self.v_cache[:, :, : self.length]
+    def update(self, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store the keys and values of the tokens at positions, (length,) int64."""
+        self.k_cache.index_copy_(2, positions, k)
+        self.v_cache.index_copy_(2, positions, v)
+
+    def reset(self) -> None:
+        """Set all keys and values to zero."""
+        self.k_cache.zero_()
+        self.v_cache.zero_()
 
 
 class Attention(nn.Module):
@@ -110,6 +119,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        positions: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         cache: KVCache | None = None,
@@ -124,10 +134,13 @@ class Attention(nn.Module):
         q = apply_rotary_emb(q, cos, sin)
         k = apply_rotary_emb(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(k, v)  # (batch, kv_heads, cached + length, head_dim)
-        # Without padding, a single token attends to all others: it needs no mask.
+            cache.update(positions, k, v)
+            if attn_mask is not None:  # without a mask, these are the first tokens
+                total = attn_mask.shape[-1]
+                k = cache.k_cache[:, :, :total]  # (batch, kv_heads, total, head_dim)
+                v = cache.v_cache[:, :, :total]  # (batch, kv_heads, total, head_dim)
         attn_out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=attn_mask is None and length > 1, enable_gqa=True
+            q, k, v, attn_mask, is_causal=attn_mask is None, enable_gqa=True
         )  # (batch, heads, length, head_dim)
         attn_out = attn_out.transpose(1, 2).flatten(2)  # (batch, length, heads * head_dim)
         return self.o_proj(attn_out)  # (batch, length, hidden_size)
@@ -161,13 +174,14 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        positions: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         cache: KVCache | None = None,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return (batch, length, hidden_size), as x."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, attn_mask)
+        x = x + self.self_attn(self.input_layernorm(x), positions, cos, sin, cache, attn_mask)
         return x + self.mlp(self.post_attention_layernorm(x))  # (batch, length, hidden_size)
 
 
@@ -196,18 +210,18 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        caches: list[KVCache] | None = None,
+        positions: torch.Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the normalized output of the last layer, (batch, length, hidden_size)."""
-        length = tokens.shape[1]  # (batch, length)
-        start = caches[0].length if caches else 0
-        assert start == 0 or length == 1, "after the prompt, decode one token at a time"
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)  # (length,)
         x = self.embed_tokens(tokens)  # (batch, length, hidden_size)
-        cos, sin = rope_cos_sin(self.inv_freq, start, length, like=x)
-        attn_mask = None if attention_mask is None else padding_mask(attention_mask, length)
+        cos, sin = rope_cos_sin(self.inv_freq, positions, like=x)
+        attn_mask = None if attention_mask is None else make_attn_mask(attention_mask, positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[index] if caches else None, attn_mask)
+            x = layer(x, positions, cos, sin, caches[index] if caches else None, attn_mask)
         return self.norm(x)  # (batch, length, hidden_size)
 
 
@@ -232,18 +246,22 @@ class Llama(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        caches: list[KVCache] | None = None,
+        positions: torch.Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits of the token after each token.
 
         Args:
-            tokens: (batch, length) int64. With `caches`: a whole prompt, then one token at a time.
-            caches: a KVCache per layer, or None to compute all tokens' keys and values.
-            attention_mask: (batch, cached + length) bool, False for padding. None: no padding.
+            tokens: (batch, length) int64.
+            positions: (length,) int64 of the tokens. None: they are the first ones.
+            caches: a KVCache per layer, which holds the tokens before `positions`, and then these.
+                None: all tokens are in `tokens`.
+            attention_mask: (batch, total) bool, False for padding. With positions, the tokens
+                attend to the first `total` of the caches. None: no padding, and no earlier tokens.
 
         Returns:
             Logits, (batch, length, vocab_size).
         """
-        x = self.model(tokens, caches, attention_mask)  # (batch, length, hidden_size)
+        x = self.model(tokens, positions, caches, attention_mask)  # (batch, length, hidden_size)
         return self.lm_head(x)  # (batch, length, vocab_size)

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from real_world.common import check, show
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.data import load_corpus, train_val_split
-from real_world.llama.generate import GREEDY, stream_generate
+from real_world.llama.generate import stream_generate
 from real_world.llama.model import Llama
 from real_world.llama.pretrained import download_smollm2
+from real_world.llama.sampling import GREEDY
 from real_world.llama.tokenizer import Tokenizer, load_tokenizer
 from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train_llama
 from real_world.lora.config import LLAMA, FinetuneConfig

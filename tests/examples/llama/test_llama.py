@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import lesson_code as lesson
 from real_world.common import CheckFailed
@@ -19,8 +20,9 @@ from real_world.llama import costs, parity
 from real_world.llama.checkpoint import save_pretrained
 from real_world.llama.config import LLAMA_CONFIGS, LLAMA_TINY, LlamaConfig
 from real_world.llama.data import RandomWindows, byte_entropies, load_corpus, train_val_split
-from real_world.llama.generate import SamplingParams, generate
+from real_world.llama.generate import generate
 from real_world.llama.model import KVCache, Llama
+from real_world.llama.sampling import SamplingParams
 from real_world.llama.train import TrainConfig, next_token_loss, train_llama
 
 CONFIG = parity.BASE
@@ -166,6 +168,16 @@ def test_several_prompts_are_one_batch(story, capsys):
     assert capsys.readouterr().out == f"{texts[0]}\n{texts[1]}\n"
 
 
+def test_compiled_text_is_the_same(story, capsys):
+    options = ["--output", str(story[0]), "--temperature", "0", "--max-new-tokens", "40"]
+    llama.main([*options, "--prompt", "The"])
+    expected = capsys.readouterr().out
+    counters["stats"].clear()
+    llama.main([*options, "--prompt", "The", "--compile"])
+    assert capsys.readouterr().out == expected
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_model_that_does_not_learn_fails_the_check(monkeypatch, tmp_path):
     monkeypatch.setattr(llama, "train_llama", lambda model, *_: [5.5])
     with pytest.raises(CheckFailed, match="validation loss"):
@@ -190,6 +202,7 @@ def test_costs_are_those_of_real_models():
         "--prompt=",
         "--weights=x",
         "--dtype=bfloat16",
+        "--compile",
         "--pretrained=smollm2",
         "--pretrained=gpt2",
         "--no-chat",
@@ -217,14 +230,15 @@ def test_dtype_of_the_command_line(tmp_path, monkeypatch):
     dtypes = []
 
     def record(model, *_):
-        dtypes.append(model.lm_head.weight.dtype)
+        dtypes.append((model.lm_head.weight.dtype, model.model.norm.weight.dtype))
         return iter(())
 
     monkeypatch.setattr(llama, "stream_generate", record)
     save_pretrained(build(LLAMA_TINY), tmp_path)
-    for name in ("auto", "float32", "bfloat16", "float16"):
+    for name in ("auto", "float32", "bfloat16", "float16", "int8"):
         llama.main(["--weights", str(tmp_path), "--prompt", "a", "--dtype", name])
-    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+    expected = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+    assert dtypes == [*zip(expected, expected, strict=True), (torch.int8, torch.bfloat16)]
 
 
 def test_recommended_sampling_is_the_default(tmp_path, monkeypatch, capsys):

@@ -10,20 +10,22 @@ import torch
 
 import lesson_code as lesson
 from lesson_code import CheckpointError
+from real_world.common import CheckFailed
 from real_world.llama import __main__ as llama
 from real_world.llama import parity
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY, LlamaConfig
 from real_world.llama.generate import (
-    GREEDY,
-    SamplingParams,
     batch_generate,
-    filter_logits,
+    decode_one_token,
     generate,
+    make_caches,
     pad_left,
     stream_generate,
 )
 from real_world.llama.model import Llama
+from real_world.llama.quantize import Int8Linear, quantize_int8
+from real_world.llama.sampling import GREEDY, SamplingParams, filter_logits
 from real_world.llama.tokenizer import ByteTokenizer, load_tokenizer
 
 CONFIG = parity.BASE
@@ -140,6 +142,69 @@ def test_kv_cache_processes_every_token_once():
     assert lengths == [3, 1, 1, 1, 1, 3, 4, 5, 6, 7]
 
 
+# %% Compiled, and in int8
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """Fill memory that nothing has been written to with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_compiled_tokens_equal_eager_ones(nan_in_new_memory):
+    model = build(replace(CONFIG, num_key_value_heads=2), scale=5)
+    tokens, mask = pad_left(PROMPTS)
+    expected = generated(model, tokens, 20, attention_mask=mask)
+    compiled = generated(model, tokens, 20, attention_mask=mask, compile=True)
+    assert compiled.equal(expected)
+    # Other lengths use the same compiled step, up to a multiple of 256.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = generated(model, tokens[:, 1:], 25, attention_mask=mask[:, 1:], compile=True)
+    assert compiled[:, :20].equal(generated(model, tokens[:, 1:], 20, attention_mask=mask[:, 1:]))
+
+
+def test_compiled_caches_keep_their_address():
+    """CUDA graphs are skipped if a tensor that they change may be elsewhere in the next call."""
+    static = []
+
+    def backend(graph, inputs):
+        static.extend(getattr(tensor, "_dynamo_static_input_type", None) for tensor in inputs)
+        return graph
+
+    model = build()
+    decode = torch.compile(decode_one_token, fullgraph=True, dynamic=False, backend=backend)
+    with torch.no_grad():
+        decode(model, PROMPT[0, :1], PROMPT[0, :1], make_caches(model, 1, 8), torch.ones(1, 8) > 0)
+    assert static.count(None) == 3  # the token, its position, and the mask
+
+
+def test_int8_weights_are_rounded_to_half_a_step():
+    linear = torch.nn.Linear(40, 30, bias=False)
+    quantized = Int8Linear.from_linear(linear)
+    error = (quantized.weight * quantized.scales[:, None] - linear.weight).abs()
+    assert (error <= quantized.scales[:, None] / 2 + 1e-7).all()
+    assert quantized.weight.abs().amax(dim=1).eq(127).all()
+    x = torch.randn(2, 5, 40)
+    torch.testing.assert_close(quantized(x), linear(x), atol=0.03, rtol=0)
+
+
+def test_int8_model_has_no_other_linear_layers():
+    model = build(replace(CONFIG, tie_word_embeddings=True))
+    expected = model(PROMPT)
+    quantize_int8(model)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    difference = (model(PROMPT) - expected).abs().max()
+    assert 0 < difference < 0.02 * expected.abs().max()
+
+
+def test_cache_that_cannot_be_allocated_raises_check_failed():
+    model = build(replace(CONFIG, max_position_embeddings=2**41))
+    with pytest.raises(CheckFailed, match=r"no memory for a KV cache of 1 x 1,099,511,627,779 tok"):
+        next(generate(model, PROMPT, 2**40))
+
+
 # %% Several prompts
 
 
@@ -170,6 +235,12 @@ def test_logits_of_padded_prompts_equal_each_alone():
         for row, prompt in zip(logits, PROMPTS, strict=True):
             expected = model(torch.tensor([prompt]))[0]
             torch.testing.assert_close(row[-len(prompt) :], expected, atol=1e-4, rtol=0)
+
+
+def test_prompts_padded_on_the_right_raise_value_error():
+    mask = torch.tensor([[True, True, False]])
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        next(generate(build(), PROMPT, 1, attention_mask=mask))
 
 
 def test_each_row_ends_at_its_own_end_of_sequence():
@@ -297,6 +368,13 @@ def test_prompt_goes_through_the_chat_template_of_the_folder(tmp_path, capsys):
         assert capsys.readouterr().out.split() == [*printed, *(f"w{n}" for n in new)]
     llama.main([*arguments, "--stop", "zz", "--stop", f"w{new[3]} w{new[4]}", "--no-chat"])
     assert capsys.readouterr().out.split() == ["w4", "w7", *(f"w{n}" for n in new[:3])]
+
+
+def test_prompt_without_tokens(tmp_path):
+    save_pretrained(build(), tmp_path)
+    word_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckFailed, match=r"--prompt ' ' has no tokens"):
+        llama.main(["--weights", str(tmp_path), "--prompt", " "])
 
 
 @pytest.mark.parametrize(
