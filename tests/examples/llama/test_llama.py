@@ -23,9 +23,10 @@ from real_world.llama.data import RandomWindows, byte_entropies, load_corpus, tr
 from real_world.llama.generate import generate
 from real_world.llama.model import KVCache, Llama
 from real_world.llama.sampling import SamplingParams
-from real_world.llama.train import TrainConfig, next_token_loss, train_llama
+from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train_llama
 
 CONFIG = parity.BASE
+to_transformers = parity.to_transformers
 
 
 def build(config: LlamaConfig = CONFIG, std: float = 0.0) -> Llama:
@@ -96,6 +97,19 @@ def test_corpus_has_no_duplicate_paragraphs():
     assert len(validation_text) == len(load_corpus()) // 10
     paragraphs = bytes([*train_text.tolist(), *validation_text.tolist()]).decode().split("\n\n")
     assert len(paragraphs) == len(set(paragraphs)) > 1000
+
+
+def test_evaluate_is_the_mean_loss_of_the_next_byte():
+    model = build(replace(CONFIG, vocab_size=256), std=0.1)
+    text = load_corpus()[:70]  # 4 windows of 16 bytes, the last byte of the fourth is text[64]
+    losses = []
+    for start in (0, 16, 32, 48):
+        window = text[start : start + 17].long()
+        probabilities = model(window[None, :16])[0].softmax(dim=-1)  # (16, 256)
+        losses += [-probabilities[i, window[i + 1]].log().item() for i in range(16)]
+    config = TrainConfig(context_length=16, batch_size=3)
+    with torch.no_grad():
+        assert evaluate(model, text, config) == pytest.approx(sum(losses) / 64, rel=1e-5)
 
 
 def test_windows_cover_the_text_and_y_is_the_next_byte():
@@ -194,6 +208,36 @@ def test_costs_are_those_of_real_models():
     cache = KVCache(CONFIG, 1, 1, like=torch.empty(0, dtype=torch.bfloat16))
     size = CONFIG.num_hidden_layers * (cache.k_cache.nbytes + cache.v_cache.nbytes)
     assert costs.kv_cache_bytes_per_token(CONFIG) == size
+
+
+def different_reference(model: Llama) -> torch.nn.Module:
+    reference = to_transformers(model)
+    with torch.no_grad():
+        reference.model.layers[0].mlp.up_proj.weight.add_(1e-3)
+    return reference
+
+
+def sampled(model: Llama, prompt: torch.Tensor, n: int) -> list[torch.Tensor]:
+    return list(generate(model, prompt, n, SamplingParams(temperature=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("check", "module", "name", "broken"),
+    [
+        ("6 heads, 2 KV heads", parity, "to_transformers", different_reference),
+        ("  greedy generation", parity, "generate", sampled),
+        ("200 sampled tokens", KVCache, "update", lambda *_: None),
+        ("parameters, counted", costs, "num_parameters", lambda _: 820_353),
+        ("FLOPs of 128 tokens, counted", costs, "flops_per_token", lambda *_: 1_900_545),
+    ],
+)
+def test_broken_part_fails_its_check(check, module, name, broken, monkeypatch):
+    monkeypatch.setattr(module, name, broken)
+    model = build(LLAMA_TINY)
+    with pytest.raises(CheckFailed, match=f"check failed: {check} "):  # noqa: PT012 (in order)
+        parity.check_parity()
+        costs.compare_decoding(model, torch.tensor([[84, 104, 101]]))
+        costs.print_costs(model)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from real_world.llama import __main__ as llama
 from real_world.llama import pretrained
 from real_world.llama.chat import apply_chat_template
 from real_world.llama.checkpoint import load_pretrained
+from real_world.llama.data import load_corpus
 from real_world.llama.generate import generate
 from real_world.llama.model import Llama
+from real_world.llama.parity import to_transformers
 from real_world.llama.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Name three primes < 10.\n"}]
@@ -58,6 +60,22 @@ def test_greedy_answer_equals_transformers(smollm2, model):
     expected = reference.generate(tokens, max_new_tokens=40, do_sample=False)
     new = torch.stack(list(generate(model, tokens, 40)), dim=1)
     assert new.equal(expected[:, tokens.shape[1] :])
+
+
+def test_bfloat16_is_nearer_to_float32_than_that_of_transformers(smollm2, model):
+    text = load_corpus()[:6000].numpy().tobytes().decode()
+    tokens = torch.tensor(
+        [load_tokenizer(smollm2, model.config.vocab_size).encode(text)[:1024]]
+    )  # (1, 1024)
+    bfloat16 = load_pretrained(smollm2, dtype=torch.bfloat16)
+    reference = to_transformers(bfloat16)
+    with torch.no_grad():
+        expected = model(tokens)
+        ours, theirs = (
+            (logits - expected).square().mean().sqrt()
+            for logits in (bfloat16(tokens), reference(tokens).logits)
+        )
+    assert ours < 0.95 * theirs, "rms errors of the logits"
 
 
 def test_command_line_answers_as_in_the_readme(smollm2, capsys):
