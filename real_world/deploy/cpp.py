@@ -4,23 +4,22 @@ import csv
 import io
 import itertools
 import os
-import signal
 import statistics
 import subprocess
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import lesson_code as lesson
 from real_world.common import CheckFailed, check, show
 from real_world.deploy.formats import first_error
-from real_world.deploy.scratch import temporary_dir
 
-CSV_BYTES = 24_000_000
 SOURCE = Path(__file__).parent / "cpp"
 
 
@@ -28,21 +27,11 @@ def run_build(command: list[str]) -> None:
     """Run a command of a build. Raises CheckFailed, with the first error, if it fails."""
     scripts = sysconfig.get_path("scripts")  # where pip installed cmake and ninja
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    ) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # ninja and the compiler, too
-            raise
-    if process.returncode != 0:
-        raise CheckFailed(f"cannot build the C++ program: {first_error(output)}")
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode != 0:
+        raise CheckFailed(f"cannot build the C++ program: {first_error(done.stdout)}")
 
 
 def build_cpp(output: Path, target: str = "predict") -> Path:
@@ -53,30 +42,17 @@ def build_cpp(output: Path, target: str = "predict") -> Path:
     folder = output / "cpp"
     folder.mkdir(exist_ok=True)
     torch_dir = Path(torch.__file__).parent
-    with temporary_dir(output) as build:
+    with tempfile.TemporaryDirectory() as build:
         configure = ["cmake", "-G", "Ninja", f"-S{SOURCE}", f"-B{build}", f"-DTORCH={torch_dir}"]
         run_build(configure)
-        run_build(["cmake", "--build", str(build), "--target", target])
-        os.replace(build / target, folder / target)  # atomic: the old one may be running
+        run_build(["cmake", "--build", build, "--target", target])
+        os.replace(Path(build, target), folder / target)  # atomic: the old one may be running
     return folder / target
 
 
 def to_csv(X: torch.Tensor) -> str:
     """Format X as CSV, with all digits of every value."""
     return "".join(",".join(map(repr, row)) + "\n" for row in X.tolist())
-
-
-def run_predict(program: Path, package: Path, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classify CSV with the C++ program.
-
-    Returns:
-        Classes, (batch,) int64, and probabilities, (batch, num_classes) float32.
-    """
-    command = [program, package]
-    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
-    rows = csv.reader(done.stdout.splitlines())
-    table = torch.tensor([[float(value) for value in row] for row in rows])
-    return table[:, 1].long(), table[:, 2:]
 
 
 def predict_in_python(model: torch.nn.Module, lines: TextIO, output: TextIO) -> None:
@@ -95,21 +71,17 @@ def check_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> N
     """Compare the answers of the C++ program with those of predict()."""
     X = torch.randn(1000, model.fc1.in_features, generator=torch.Generator().manual_seed(2))
     classes, probabilities = lesson.predict(model, X)
-    cpp_classes, cpp_probabilities = run_predict(program, package, to_csv(X))
-    max_error = (cpp_probabilities - probabilities).abs().max().item()
-    same = cpp_classes.equal(classes) and max_error <= 1e-6
+    command = [program, package]
+    done = subprocess.run(command, input=to_csv(X), stdout=subprocess.PIPE, text=True, check=True)
+    answers = torch.from_numpy(np.loadtxt(io.StringIO(done.stdout), delimiter=","))
+    max_error = (answers[:, 2:] - probabilities).abs().max().item()
+    same = answers[:, 1].equal(classes.double()) and max_error <= 1e-6
     check("  1,000 samples", f"predict()'s classes, max error {max_error:.1e}", same)
-
-
-def benchmark_csv(in_features: int) -> str:
-    """Return random samples as CSV, about CSV_BYTES for any number of features."""
-    text = to_csv(torch.randn(1000, in_features))
-    return text * max(1, CSV_BYTES // len(text))
 
 
 def measure_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> None:
     """Time the C++ program and the same loop in Python, alternately; print the medians."""
-    text = benchmark_csv(model.fc1.in_features)
+    text = 300 * to_csv(torch.randn(1000, model.fc1.in_features))
     cpp_times, python_times = [], []
     with open(os.devnull, "w") as devnull:
         for _ in tqdm(range(5), "timing C++ and Python", leave=False, disable=None):

@@ -21,7 +21,6 @@ from torch._inductor.utils import fresh_cache
 
 import lesson_code as lesson
 from real_world.common import check, show
-from real_world.deploy.scratch import temporary_dir
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """From features, (batch, in_features) float32, to logits, (batch, num_classes) float32."""
@@ -58,7 +57,7 @@ def empty_cache() -> Iterator[None]:
             raise CannotExport(
                 f"the compiler needs paths without spaces, rename a folder of {path}"
             )
-    with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
+    with fresh_cache():
         torch.compiler.reset()
         yield
 
@@ -77,10 +76,8 @@ def export_compiled(model: lesson.SimpleClassifier, path: Path) -> None:
     with empty_cache():
         compile_model(model)
         saved = torch.compiler.save_cache_artifacts()
-    if saved is None:
-        raise CannotExport("the compiler's cache is disabled (TORCHINDUCTOR_FORCE_DISABLE_CACHES)")
-    artifacts, _ = saved
-    path.write_bytes(artifacts)
+    assert saved is not None  # the cache is not empty
+    path.write_bytes(saved[0])
 
 
 def load_compiled(path: Path, model: lesson.SimpleClassifier) -> Forward:
@@ -207,11 +204,10 @@ def export_and_verify(
     """
     path = output / fmt.filename
     with (
-        temporary_dir(output) as folder,
-        warnings.catch_warnings(record=True) as caught,
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(record=True, action="always") as caught,
     ):
-        warnings.simplefilter("always")
-        temporary = folder / fmt.filename
+        temporary = Path(folder, fmt.filename)
         start = time.perf_counter()
         try:
             fmt.export(model, temporary)
