@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import lesson_code as lesson
@@ -71,24 +73,36 @@ def check_config(folder: Path, config: Config, *may_differ: str) -> None:
 
 
 @contextlib.contextmanager
-def log_losses(path: Path, optimizer: torch.optim.Optimizer) -> Iterator[OnStep]:
+def log_losses(
+    path: Path, optimizer: torch.optim.Optimizer, first_step: int = 0
+) -> Iterator[OnStep]:
     """Yield an on_step for train() that writes a file of losses while a model is trained.
 
     A line has the step, from 1, its loss and learning rate, and the seconds since the start. Call
-    this on_step before that of a schedule, which changes the learning rate.
+    this on_step before that of a schedule, which changes the learning rate. A resumed training has
+    a `first_step`; the lines of the steps before it are kept. With torch.distributed, all ranks
+    call this, and rank 0 writes the mean of their losses.
     """
     start = time.perf_counter()
     steps: list[tuple[torch.Tensor, float, float]] = []  # loss, learning rate, seconds
-    num_written = 0
+    num_written = first_step
+    distributed = dist.is_initialized()
+    if distributed and dist.get_rank() > 0:
+        path = Path(os.devnull)
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text().splitlines(keepends=True)[:first_step] if path.exists() else []
     with path.open("w") as file:
+        file.writelines(kept)
 
         def write() -> None:
             nonlocal num_written
             if not steps:
                 return
-            losses = torch.stack([loss for loss, _, _ in steps]).tolist()  # waits for the GPU
-            for loss, (_, learning_rate, seconds) in zip(losses, steps, strict=True):
+            losses = torch.stack([loss for loss, _, _ in steps])
+            if distributed:
+                dist.all_reduce(losses)
+                losses /= dist.get_world_size()
+            for loss, (_, learning_rate, seconds) in zip(losses.tolist(), steps, strict=True):
                 num_written += 1
                 line = {"step": num_written, "loss": loss, "learning_rate": learning_rate}
                 file.write(json.dumps({**line, "seconds": round(seconds, 6)}) + "\n")
@@ -99,10 +113,14 @@ def log_losses(path: Path, optimizer: torch.optim.Optimizer) -> Iterator[OnStep]
             seconds = time.perf_counter() - start
             steps.append((loss, optimizer.param_groups[0]["lr"], seconds))
             if len(steps) == 10:
-                write()
+                write()  # waits for the GPU
 
         try:
             yield on_step
+        except BaseException:
+            if distributed:
+                steps.clear()  # other ranks may be at another step: do not wait for their losses
+            raise
         finally:
             write()
 

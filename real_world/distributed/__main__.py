@@ -111,7 +111,7 @@ def run_fsdp(config: fsdp.TrainConfig, output: Path, device: torch.device) -> No
         check_config(folder, config, "steps")
         fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
         show("resumed from", folder / f"step-{first_step}")
-    losses = fsdp.train_fsdp(model, optimizer, config, first_step)
+    losses = fsdp.train_fsdp(model, optimizer, config, first_step, folder)
     show(f"loss, steps {first_step + 1} and {config.steps}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
     expected_model, expected_losses = fsdp.train_on_one_process(config, device)
     weights = {name: shards.full_tensor() for name, shards in model.state_dict().items()}

@@ -21,7 +21,7 @@ from real_world.distributed.process_group import (
     scale_loss_by_shard,
     shard_slice,
 )
-from real_world.training import option
+from real_world.training import log_losses, option
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def train_ddp(
     config: TrainConfig,
     path: Path,
 ) -> None:
-    """Train on all processes, in place, and save checkpoints.
+    """Train on all processes, in place; save checkpoints, and losses.jsonl beside them.
 
     Args:
         model: the model; all processes have the same weights.
@@ -85,11 +85,12 @@ def train_ddp(
     criterion = scale_loss_by_shard(mean_loss, len(y_shard), len(y), world_size)  # NEW
     ddp_model = DistributedDataParallel(model)  # NEW: it trains the weights of `model`
     batches = [(X_shard, y_shard)]
-    while len(losses) < config.epochs:
-        until_save = min(config.save_every, config.epochs - len(losses))
-        shard_losses = lesson.train(ddp_model, batches, criterion, optimizer, until_save)
-        losses += mean_over_ranks(shard_losses, X.device)  # NEW
-        run_on_rank_0(lesson.save_checkpoint, path, model, optimizer, losses)  # NEW
+    with log_losses(path.with_name("losses.jsonl"), optimizer, first_step=len(losses)) as log:
+        while len(losses) < config.epochs:
+            until_save = min(config.save_every, config.epochs - len(losses))
+            shard_losses = lesson.train(ddp_model, batches, criterion, optimizer, until_save, log)
+            losses += mean_over_ranks(shard_losses, X.device)  # NEW
+            run_on_rank_0(lesson.save_checkpoint, path, model, optimizer, losses)  # NEW
 
 
 def train_on_one_process(

@@ -32,7 +32,7 @@ from real_world.llama.data import RandomWindows, load_corpus, train_val_split
 from real_world.llama.model import Llama
 from real_world.llama.train import TrainConfig as LlamaTrainConfig
 from real_world.llama.train import next_token_loss
-from real_world.training import option
+from real_world.training import log_losses, option
 
 BATCH_SIZE = LlamaTrainConfig.batch_size
 
@@ -82,9 +82,16 @@ def shard_sizes(model: Llama) -> list[int]:
 
 
 def train_fsdp(
-    model: Llama, optimizer: torch.optim.Optimizer, config: TrainConfig, first_step: int
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    first_step: int,
+    folder: Path,
 ) -> list[float]:
-    """Train a sharded model in place, from `first_step` to the last; return the losses."""
+    """Train a sharded model in place, from `first_step` to the last; return the losses.
+
+    They are also written to losses.jsonl in `folder`, while it trains.
+    """
     device = model.model.embed_tokens.weight.device
     rank, world_size = dist.get_rank(), dist.get_world_size()  # NEW
     shard = shard_slice(BATCH_SIZE, rank, world_size)  # NEW
@@ -92,7 +99,8 @@ def train_fsdp(
     criterion = scale_loss_by_shard(next_token_loss, shard_size, BATCH_SIZE, world_size)  # NEW
     batches = itertools.islice(load_batches(config, device), first_step, None)
     shards = ((X[shard], y[shard]) for X, y in batches)  # NEW
-    losses = lesson.train(model, shards, criterion, optimizer, epochs=1)
+    with log_losses(folder / "losses.jsonl", optimizer, first_step) as log:
+        losses = lesson.train(model, shards, criterion, optimizer, epochs=1, on_step=log)
     return mean_over_ranks(losses, device)  # NEW
 
 

@@ -71,12 +71,7 @@ def measure_steps(seed: int, device: torch.device) -> list[StepCost]:
     digits_cost = measure_step("digits' model", model, digits.X_train, digits.y_train, criterion)
     llama = Llama(LLAMA_TINY).to(device)
     text = load_corpus().to(device)
-    X, y = next(
-        iter(
-            RandomWindows(
-                text, TrainConfig.batch_size, TrainConfig.context_length, steps=1, seed=seed
-            )
-        )
-    )
+    windows = RandomWindows(text, TrainConfig.batch_size, TrainConfig.context_length, 1, seed)
+    X, y = next(iter(windows))
     llama_cost = measure_step("small Llama", llama, X, y, next_token_loss)
     return [digits_cost, llama_cost]

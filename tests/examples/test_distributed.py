@@ -22,6 +22,7 @@ from real_world.distributed import __main__ as distributed
 from real_world.distributed import fsdp
 from real_world.distributed.process_group import scale_loss_by_shard, shard_slice
 from real_world.distributed.scaling import StepCost, efficiency, ring_all_reduce_time
+from real_world.training import read_losses
 
 EPOCHS = 300
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -51,6 +52,7 @@ def assert_same(path, one_process):
     model, _, losses = lesson.load_checkpoint(path)
     expected_model, expected_losses = one_process
     assert losses == pytest.approx(expected_losses, rel=0, abs=1e-9)
+    assert read_losses(path.with_name("losses.jsonl")) == pytest.approx(losses, rel=0, abs=1e-9)
     for weights, expected in zip(model.parameters(), expected_model.parameters(), strict=True):
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-9)
 
@@ -191,7 +193,10 @@ def test_fsdp_equals_one_process_on_any_number_of_processes(tmp_path):
     assert f"{tmp_path}/fsdp/step-3\n" in output
     distributed.main(["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps", "6"])
 
-    expected_model, _ = fsdp.train_on_one_process(fsdp.TrainConfig(steps=6), torch.device("cpu"))
+    expected_model, losses = fsdp.train_on_one_process(
+        fsdp.TrainConfig(steps=6), torch.device("cpu")
+    )
+    assert read_losses(tmp_path / "fsdp" / "losses.jsonl") == pytest.approx(losses, rel=0, abs=1e-9)
     model = fsdp.build_llama(seed=1, device=torch.device("cpu"))
     state = {"model": model.state_dict()}
     dcp.load(state, checkpoint_id=tmp_path / "fsdp" / "step-6", no_dist=True)
@@ -234,8 +239,8 @@ def test_weights_that_fail_the_check_are_not_kept(options, tmp_path, monkeypatch
     with pytest.raises(CheckFailed, match="losses, against one process"):
         distributed.main(["--device", "cpu", "--output", str(tmp_path), *map(str, options)])
     dist.destroy_process_group()
-    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert files == ["train_config.json"]
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"train_config.json", "losses.jsonl"}
 
 
 @pytest.mark.parametrize("options", [[], ["--fsdp", "--steps", 2]])
