@@ -4,14 +4,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
 
 from real_world.digits.data import Digits
-
-
-def confusion_matrix(predicted: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Count how often a digit (row) was classified as another (column), (10, 10) int64."""
-    pairs = 10 * y + predicted  # (n,), a number from 0 to 99 for each pair of digits
-    return torch.bincount(pairs, minlength=100).reshape(10, 10)
 
 
 def plot_digits(
@@ -34,7 +29,7 @@ def plot_digits(
     axes.axvline(best, color="grey", ls=":", label="lowest validation loss")
     axes.legend(frameon=False)
 
-    matrix = confusion_matrix(predicted, digits.y_test).tolist()
+    matrix = confusion_matrix(digits.y_test.tolist(), predicted.tolist())  # (10, 10)
     axes = middle.subplots()
     axes.set(title="Test set", xlabel="predicted", ylabel="label")
     axes.set(xticks=range(10), yticks=range(10))
