@@ -21,6 +21,7 @@ from real_world.digits.model import build_model
 from real_world.training_loop import loops
 from real_world.training_loop.losses import cumulative_share, focal_loss
 from real_world.training_loop.model import MultiTaskModel, build
+from real_world.training_loop.plot import plot_training_loop
 from real_world.training_loop.profiling import time_of_a_step
 
 EPOCHS = 20
@@ -76,13 +77,11 @@ def gradient_clipping(digits: Digits, seed: int) -> Curves:
     print("\n  2. Gradient clipping: SGD, lr 0.3, pixels from 0 to 16. train_with_clipping()")
     digits = digits._replace(X_train=digits.X_train * 16, X_test=digits.X_test * 16)
     X, y = digits.X_train, digits.y_train
-    model = build_model(seed, X.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    model, optimizer = build(seed, X.device, torch.optim.SGD, lr=0.3)
     plain = lesson.train(model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS)
     check("without clipping", summary(plain, model, digits), epoch_means(plain)[-1] > 2)
 
-    model = build_model(seed, X.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    model, optimizer = build(seed, X.device, torch.optim.SGD, lr=0.3)
     clipped, norms = loops.train_with_clipping(
         model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS, max_norm=1.0
     )
@@ -176,13 +175,11 @@ def learning_rate_scheduler(digits: Digits, seed: int) -> Curves:
     """Train at a constant and at a scheduled learning rate; return losses and rates by epoch."""
     print("\n  6. Learning rate scheduler: warm-up, cosine annealing. train_with_scheduler()")
     X, y = digits.X_train, digits.y_train
-    model = build_model(seed, X.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
+    model, optimizer = build(seed, X.device, lr=0.2)
     constant = lesson.train(model, make_loader(seed, X, y), cross_entropy, optimizer, EPOCHS)
     show("constant, lr 0.2", summary(constant, model, digits))
 
-    model = build_model(seed, X.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
+    model, optimizer = build(seed, X.device, lr=0.2)
     batches = make_loader(seed, X, y)
     warmup = LinearLR(optimizer, start_factor=0.05, total_iters=20)
     annealing = CosineAnnealingLR(optimizer, T_max=EPOCHS * len(batches) - 20)
@@ -238,8 +235,6 @@ def main(argv: list[str] | None = None) -> None:
     time_of_a_step(digits, loader, args.seed, args.output / "training_loop.trace.json")
 
     if not args.no_figure:
-        from real_world.training_loop.plot import plot_training_loop
-
         path = args.output / "training_loop.png"
         plot_training_loop(path, shares, clipping, precision, tasks, schedule, stopping)
         print()

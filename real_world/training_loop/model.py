@@ -1,5 +1,7 @@
 """A model for two tasks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -8,11 +10,14 @@ from real_world.digits.model import build_model
 
 
 def build(
-    seed: int, device: torch.device | str = "cpu"
+    seed: int,
+    device: torch.device | str = "cpu",
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr: float = 0.01,
 ) -> tuple[SimpleClassifier, torch.optim.Optimizer]:
-    """Return the digits' model, untrained, and an Adam optimizer for it."""
+    """Return the digits' model, untrained, and an optimizer for it."""
     model = build_model(seed, device)
-    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, optimizer(model.parameters(), lr=lr)
 
 
 class MultiTaskModel(nn.Module):

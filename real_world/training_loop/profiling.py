@@ -129,22 +129,19 @@ def time_of_a_step(
     small = lesson.SimpleClassifier().to(device)
     wide = lesson.SimpleClassifier(64, 4096, 10).to(device)
     profiles = {
-        "lesson": profile_steps(small, full_batch, 20),
-        "digits": profile_steps(build_model(seed, device), batches, 2, trace_path),
-        "fused": profile_steps(build_model(seed, device), batches, 2, fused=True),
-        "loader": profile_steps(build_model(seed, device), loader, 2),
-        "wide": profile_steps(wide, batches, 2),
+        "lesson: 4-16-3, 100 samples": profile_steps(small, full_batch, 20),
+        "digits: 64-128-10, 128 samples": profile_steps(
+            build_model(seed, device), batches, 2, trace_path
+        ),
+        "fused: digits, Adam(fused=True)": profile_steps(
+            build_model(seed, device), batches, 2, fused=True
+        ),
+        "loader: digits, with DataLoader": profile_steps(build_model(seed, device), loader, 2),
+        "wide: 64-4096-10, 128 samples": profile_steps(wide, batches, 2),
     }
-    labels = (
-        "lesson: 4-16-3, 100 samples",
-        "digits: 64-128-10, 128 samples",
-        "fused: digits, Adam(fused=True)",
-        "loader: digits, with DataLoader",
-        "wide: 64-4096-10, 128 samples",
-    )
-    for label, step_profile in zip(labels, profiles.values(), strict=True):
+    for label, step_profile in profiles.items():
         show(label, f"{step_profile.operator_share:.0%} of the time in operators")
-    print_profiles(profiles)
+    print_profiles({label.partition(":")[0]: column for label, column in profiles.items()})
     events = json.loads(trace_path.read_text(encoding="utf-8"))["traceEvents"]
     layers = sum(event["name"] == "aten::linear" for event in events)
     check("two linear layers, 20 steps", f"{layers} x aten::linear in the trace", layers == 40)
