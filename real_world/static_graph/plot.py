@@ -1,5 +1,6 @@
 """The figure: two graphs that autograd recorded, and the one that @tf.function traced."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -28,23 +29,14 @@ def plot_chain(axes: Axes, y: float, title: str, labels: list[str], color: str) 
     """Plot a row of boxes that are connected by arrows."""
     axes.text(-0.1, y, title, va="center", color=color, size=12)
     box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color}
-    previous = None
-    for column, label in enumerate(["x", *labels]):
-        x = 1.9 + 1.25 * column
-        text = axes.text(x, y, label, ha="center", va="center", bbox=box, zorder=2)
-        if previous is not None:
-            axes.annotate(
-                "",
-                xy=(x, y),
-                xytext=(x - 1.25, y),
-                arrowprops={
-                    "arrowstyle": "->",
-                    "color": "grey",
-                    "patchA": previous.get_bbox_patch(),
-                    "patchB": text.get_bbox_patch(),
-                },
-            )
-        previous = text
+    boxes = [
+        axes.text(1.9 + 1.25 * column, y, label, ha="center", va="center", bbox=box, zorder=2)
+        for column, label in enumerate(["x", *labels])
+    ]
+    for left, right in itertools.pairwise(boxes):
+        patches = {"patchA": left.get_bbox_patch(), "patchB": right.get_bbox_patch()}
+        arrow = {"arrowstyle": "->", "color": "grey", **patches}
+        axes.annotate("", right.get_position(), left.get_position(), arrowprops=arrow)
 
 
 def plot_graphs(path: Path) -> None:

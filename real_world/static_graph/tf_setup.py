@@ -18,6 +18,4 @@ with contextlib.suppress(ImportError):
 import tensorflow as tf
 import keras
 
-keras.config.set_floatx("float32")  # instead of the one in ~/.keras/keras.json
-
 __all__ = ["keras", "tf"]
