@@ -8,14 +8,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from lesson_code import CheckpointError
 from real_world.common import atomic_write, read_json
-from real_world.lora.lora import LoraConfig, apply_lora, find_targets
+from real_world.lora.lora import LoraConfig, apply_lora
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -35,19 +34,6 @@ SUPPORTED_VALUES: dict[str, tuple] = {
 }
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return A and B of every adapted layer, by peft's names."""
-    state_dict = model.state_dict()
-    return {f"{PREFIX}{name}": state_dict[name] for name in state_dict if "lora_" in name}
-
-
-def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the frozen weights, by the names that they had before apply_lora()."""
-    state_dict = model.state_dict()
-    names = [name for name in state_dict if "lora_" not in name]
-    return {name.replace(".base_layer.", "."): state_dict[name] for name in names}
-
-
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
     """Save the adapter of a model; return the file with the weights.
 
@@ -59,7 +45,9 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     content = {"peft_type": "LORA", "base_model_name_or_path": "", **asdict(config)}
     atomic_write(folder / CONFIG_FILE, f"{json.dumps(content, indent=2)}\n".encode())
-    atomic_write(folder / WEIGHTS_FILE, save(lora_state_dict(model), metadata={"format": "pt"}))
+    state_dict = model.state_dict()
+    weights = {f"{PREFIX}{name}": state_dict[name] for name in state_dict if "lora_" in name}
+    atomic_write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
     return folder / WEIGHTS_FILE
 
 
@@ -74,8 +62,6 @@ def read_config(path: Path) -> LoraConfig:
             if content.get(field) not in values:
                 value = json.dumps(content.get(field))
                 raise CheckpointError(f"{path} is not supported: {field} is {value}")
-        if not isinstance(content["r"], int) or content["r"] < 1:
-            raise ValueError("r must be an integer of at least 1")
         return LoraConfig(tuple(target_modules), content["r"], float(content["lora_alpha"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of an adapter: {error!r}") from None
@@ -84,30 +70,22 @@ def read_config(path: Path) -> LoraConfig:
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Apply LoRA to a model in place, with weights from a folder; return the configuration.
 
+    If it fails, the model may have an adapter without these weights.
+
     Raises:
         CheckpointError: a file is damaged, or the weights do not match the model.
         OSError: a file is missing.
     """
     config = read_config(folder / CONFIG_FILE)
-    try:
-        targets = find_targets(model, config)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     path = folder / WEIGHTS_FILE
     try:
-        weights = load(path.read_bytes())
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
-    expected = {}  # the shape of each weight
-    for name, linear in targets:
-        expected[f"{name}.lora_A.weight"] = (config.r, linear.in_features)
-        expected[f"{name}.lora_B.weight"] = (linear.out_features, config.r)
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    for name in expected | shapes:
-        if shapes.get(name) != expected.get(name):
-            message = f"{name} is {shapes.get(name)} instead of {expected.get(name)}"
-            raise CheckpointError(f"{path}: its weights do not match the model: {message}")
-    apply_lora(model, config)  # only now: a model is not changed by an adapter that is refused
-    model.load_state_dict(weights, strict=False)
+        saved = load(path.read_bytes())
+        weights = {name.removeprefix(PREFIX): weight for name, weight in saved.items()}
+        apply_lora(model, config)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    # ValueError: no such layers; RuntimeError: other shapes
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {path}: {' '.join(str(error).split())}") from None
+    if differences := unexpected + [name for name in missing if "lora_" in name]:
+        raise CheckpointError(f"{path} has other weights than the model: {', '.join(differences)}")
     return config

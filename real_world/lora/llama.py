@@ -53,30 +53,22 @@ def print_sample(title: str, model: Llama, tokenizer: Tokenizer) -> str:
     return "\n".join(wrapped)
 
 
-def training_costs(model: Llama) -> tuple[int, int, float]:
-    """Return trainable parameters, bytes of memory and FLOPs per token of a training step.
+def print_costs(model: Llama, base_model: Llama) -> None:
+    """Compare the costs of a training step with and without LoRA.
 
     The memory is that of weights, gradients and Adam's two averages, without activations.
     """
-    trainable = count_parameters(model, trainable_only=True)
-    X = torch.zeros(
-        1, CONTEXT_LENGTH, dtype=torch.int64, device=model.model.embed_tokens.weight.device
-    )
-    # The counter does not know the CPU's fused attention: use the math backend.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        next_token_loss(model(X), X).backward()
-    model.zero_grad()
-    memory = 4 * (count_parameters(model) + 3 * trainable)
-    return trainable, memory, counter.get_total_flops() / CONTEXT_LENGTH
-
-
-def print_costs(model: Llama, base_model: Llama) -> None:
-    """Compare the costs of a training step with and without LoRA."""
     print("\n  method               trainable    weights, gradients, Adam    GFLOPs per token")
-    full = training_costs(base_model)
-    lora = training_costs(model)
-    for name, (trainable, memory, flops) in (("full fine-tuning", full), ("LoRA", lora)):
-        print(f"  {name:<17}{trainable:>13,}{memory / 1e6:>25,.0f} MB{flops / 1e9:>20.2f}")
+    X = torch.zeros(1, CONTEXT_LENGTH, dtype=torch.int64, device=next(model.parameters()).device)
+    for name, trained in (("full fine-tuning", base_model), ("LoRA", model)):
+        # The counter does not know the CPU's fused attention: use the math backend.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            next_token_loss(trained(X), X).backward()
+        trained.zero_grad()
+        trainable = count_parameters(trained, trainable_only=True)
+        megabytes = 4 * (count_parameters(trained) + 3 * trainable) / 1e6
+        gflops = counter.get_total_flops() / CONTEXT_LENGTH / 1e9
+        print(f"  {name:<17}{trainable:>13,}{megabytes:>25,.0f} MB{gflops:>20.2f}")
     print()
 
 
@@ -118,10 +110,7 @@ def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -
 
     print()
     value = f"{loss_before:.4f} -> {loss_after:.4f} nats per token"
-    if config.steps < LLAMA.steps:
-        show("validation loss", value)
-    else:
-        check("validation loss", value, loss_after < loss_before)
+    check("validation loss", value, loss_after < loss_before, config.steps >= LLAMA.steps)
     evaluated = tokenizer.decode(validation_tokens[1 : EVAL_TOKENS + 1].tolist())
     per_byte = EVAL_TOKENS / len(evaluated.encode())
     show("", f"{per_byte * loss_before:.4f} -> {per_byte * loss_after:.4f} nats per byte")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from real_world.common import check, show
-from real_world.lora.adapter import base_state_dict, load_adapter, save_adapter
+from real_world.lora.adapter import load_adapter, save_adapter
 from real_world.lora.lora import LoraConfig, merge_lora
 
 
@@ -42,8 +42,10 @@ def check_adapter(
         folder: where the adapter is saved.
         X: an input of the model, for the comparisons.
     """
-    weights = base_model.state_dict()  # references, not copies
-    trained = base_state_dict(model)
+    trained = {  # by the names that they had before apply_lora()
+        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items()
+    }
+    weights = base_model.state_dict()
     unchanged = all(trained[name].equal(weights[name]) for name in weights)
     check("weights of the base model", "unchanged", unchanged)
 

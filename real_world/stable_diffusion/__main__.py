@@ -10,11 +10,10 @@ The prompt is the digit to generate.
 """
 
 import argparse
-import math
 
 import torch
 
-from real_world.common import make_parser, print_heading, run_cli, show
+from real_world.common import make_parser, nonnegative_float, print_heading, run_cli, show
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import check_schedulers, evaluate_generation
 from real_world.stable_diffusion.pipeline import LatentDiffusion
@@ -28,15 +27,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("stable_diffusion", about, TrainConfig())
     add = parser.add_argument
     add("--prompt", metavar="DIGIT", type=int, choices=range(10), help="only generate this digit")
-    add("--guidance", metavar="SCALE", type=float, help="guidance scale for --prompt (default: 3)")
+    text = "guidance scale for --prompt (default: 3)"
+    add("--guidance", metavar="SCALE", type=nonnegative_float, help=text)
     divisors = (10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
     text = "DDIM steps, a divisor of 1000 from 10 to 500 (default: 50)"
     add("--inference-steps", metavar="N", type=int, choices=divisors, default=50, help=text)
     args = parser.parse_args(argv)
     if args.guidance is not None and args.prompt is None:
         parser.error("argument --guidance: requires --prompt")
-    if args.guidance is not None and not 0 <= args.guidance < math.inf:
-        parser.error("argument --guidance: must be a finite number, at least 0")
     return args
 
 

@@ -101,13 +101,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> LatentDiffus
     model = LatentDiffusion()
     try:
         model.scheduler = load_scheduler(folder / CONFIG_FILE)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; delete {folder} to train a new model") from None
-    path = folder / WEIGHTS_FILE
-    try:
-        model.load_state_dict(load(path.read_bytes()))
+        model.load_state_dict(load((folder / WEIGHTS_FILE).read_bytes()))
     # RuntimeError: other weights
-    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
-        message = "is missing, damaged or holds another model; delete it to train a new one"
-        raise CheckpointError(f"{path} {message}") from error
+    except (CheckpointError, FileNotFoundError, SafetensorError, RuntimeError) as error:
+        message = f"cannot load {folder} ({str(error).splitlines()[0]})"
+        raise CheckpointError(f"{message}; delete it to train a new model") from error
     return model.to(device)

@@ -55,11 +55,9 @@ def load_scheduler(path: Path) -> NoiseScheduler:
     """Return the schedule that a scheduler_config.json describes, with DDIM as the sampler.
 
     It is equal to DDIMScheduler.from_config() of diffusers: absent fields have DDIMScheduler's
-    defaults, and options of other samplers are ignored. Raises CheckpointError if the file is
-    missing or not JSON, or if a value is not supported; it names each field with its value.
+    defaults, and options of other samplers are ignored. Raises OSError; and CheckpointError if the
+    file is not JSON, or if a value is not supported: it names each field with its value.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing")
     config = read_json(path)
     values = {field: config.get(field, default) for field, (default, _) in FIELDS.items()}
     unsupported = [

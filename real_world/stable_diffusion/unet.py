@@ -32,6 +32,30 @@ def norm_act_conv(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
+class Attention(nn.Module):
+    """Attention with several heads. Each projection is a linear layer, with the name in diffusers.
+
+    nn.MultiheadAttention has parameters instead of these layers, which LoRA could not adapt.
+    """
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(context_dim, channels)
+        self.to_v = nn.Linear(context_dim, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Return what each of x, (batch, length, channels), reads in the context, as x."""
+        heads = (self.num_heads, -1)  # each of q, k, v: (batch, heads, length, head_dim)
+        q = self.to_q(x).unflatten(-1, heads).transpose(1, 2)
+        k = self.to_k(context).unflatten(-1, heads).transpose(1, 2)
+        v = self.to_v(context).unflatten(-1, heads).transpose(1, 2)
+        attn_out = nn.functional.scaled_dot_product_attention(q, k, v)  # as q
+        return self.to_out(attn_out.transpose(1, 2).flatten(2))  # (batch, length, channels)
+
+
 class UNetBlock(nn.Module):
     """A residual block with the timestep embedding; self-attention; cross-attention to the prompt.
 
@@ -39,9 +63,7 @@ class UNetBlock(nn.Module):
     section 3.3: the queries are pixels of the latents, the keys and values tokens of the prompt.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, embed_dim: int, num_heads: int = 4
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
         super().__init__()
         self.conv1 = norm_act_conv(in_channels, out_channels)
         self.time_proj = nn.Linear(embed_dim, out_channels)
@@ -49,10 +71,8 @@ class UNetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.norm1 = nn.LayerNorm(out_channels)
         self.norm2 = nn.LayerNorm(out_channels)
-        self.self_attn = nn.MultiheadAttention(out_channels, num_heads, batch_first=True)
-        self.cross_attn = nn.MultiheadAttention(
-            out_channels, num_heads, kdim=embed_dim, vdim=embed_dim, batch_first=True
-        )
+        self.self_attn = Attention(out_channels, out_channels)
+        self.cross_attn = Attention(out_channels, embed_dim)
 
     def forward(
         self, x: torch.Tensor, time_emb: torch.Tensor, tokens: torch.Tensor
@@ -63,10 +83,9 @@ class UNetBlock(nn.Module):
         x = self.conv_shortcut(x) + self.conv2(h)
 
         h = x.flatten(2).transpose(1, 2)  # (batch, height * width, out_channels)
-        query = self.norm1(h)
-        h = h + self.self_attn(query, query, query, need_weights=False)[0]
-        query = self.norm2(h)
-        h = h + self.cross_attn(query, tokens, tokens, need_weights=False)[0]
+        normed = self.norm1(h)
+        h = h + self.self_attn(normed, normed)
+        h = h + self.cross_attn(self.norm2(h), tokens)
         return h.transpose(1, 2).reshape(x.shape)  # (batch, out_channels, height, width)
 
 

@@ -24,9 +24,8 @@ from real_world.llama.train import next_token_loss
 from real_world.lora import stable_diffusion
 from real_world.lora.__main__ import main
 from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from real_world.lora.attention import split_attention
 from real_world.lora.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
-from real_world.lora.stable_diffusion import TARGET_MODULES, mirror
+from real_world.lora.stable_diffusion import TARGET_MODULES
 from real_world.lora.verify import check_adapter, count_parameters
 from real_world.stable_diffusion.pipeline import LatentDiffusion, save_model
 from real_world.stable_diffusion.unet import UNet, UNetInput
@@ -172,7 +171,6 @@ def test_other_methods_of_peft_raise_checkpoint_error(option, tmp_path):
 def test_peft_loads_the_adapter_of_a_unet(tmp_path):
     torch.manual_seed(0)
     unet = UNet()
-    split_attention(unet)
     base = copy.deepcopy(unet)
     config = LoraConfig(TARGET_MODULES)
     apply_lora(unet, config)
@@ -181,19 +179,6 @@ def test_peft_loads_the_adapter_of_a_unet(tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     inputs = UNetInput(torch.randn(2, 2, 4, 4), torch.tensor([1, 500]), torch.tensor([3, 5]))
     assert theirs(inputs).equal(unet(inputs))
-
-
-def test_split_attention_does_not_change_the_output():
-    torch.manual_seed(0)
-    unet = UNet()
-    for name, parameter in unet.named_parameters():
-        if "bias" in name:  # those of nn.MultiheadAttention are zero at first
-            nn.init.normal_(parameter)
-    inputs = UNetInput(torch.randn(2, 2, 4, 4), torch.tensor([1, 500]), torch.tensor([3, 5]))
-    expected = unet(inputs)
-    split_attention(unet)
-    assert not any(isinstance(module, nn.MultiheadAttention) for module in unet.modules())
-    torch.testing.assert_close(unet(inputs), expected)
 
 
 @pytest.mark.parametrize(
@@ -206,23 +191,17 @@ def test_split_attention_does_not_change_the_output():
         ({"bias": "all"}, 'not supported: bias is "all"'),
         ({"target_modules": "all-linear"}, "target_modules is not a list"),
         ({"peft_type": "IA3"}, 'peft_type is "IA3"'),
-        ({"r": 5}, r"lora_A.weight is \(4, 96\) instead of \(5, 96\)"),
-        ({"r": 0}, "is not the configuration of an adapter"),
-        ({"r": "8"}, "is not the configuration of an adapter"),
-        ({"target_modules": ["q_proj"]}, r"do not match the model: .*v_proj\.lora_"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"match .*o_proj\.lora_"),
+        ({"r": 5}, r"size mismatch for .*lora_A.weight"),
+        ({"target_modules": ["q_proj"]}, r"other weights than the model: .*v_proj\.lora_"),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"other weights .*o_proj\.lora_"),
         ({"target_modules": ["query"]}, "no linear layer is named query"),
     ],
 )
 def test_other_adapters_raise_checkpoint_error(folder, change, message):
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    model = make_llama()
     with pytest.raises(CheckpointError, match=message):
-        load_adapter(model, folder)
-    modules = {type(module) for module in model.modules()}
-    assert LoraLinear not in modules, "a refused adapter changes nothing"
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        load_adapter(make_llama(), folder)
 
 
 def test_adapter_on_an_adapter_is_refused(folder):
@@ -321,7 +300,6 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
     llama = load_pretrained(run / "smollm2")
     assert load_adapter(llama, run / "lora" / "llama").r == 2
     unet = UNet()
-    split_attention(unet)
     assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
 
 
@@ -329,11 +307,6 @@ def test_readme_shows_the_layer():
     readme = (REAL_WORLD / "lora" / "README.md").read_text(encoding="utf-8")
     shown = readme.split("```python\n")[1].split("```")[0]
     assert shown in (REAL_WORLD / "lora" / "lora.py").read_text(encoding="utf-8")
-
-
-def test_mirror_exchanges_left_and_right():
-    images = torch.arange(64.0).view(1, 1, 8, 8)
-    assert mirror(images)[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("options", [["--only", "bert"], ["--steps", "3"], ["--rank", "0"]])

@@ -64,20 +64,6 @@ def test_comparison_finds_a_wrong_scheduler(name, monkeypatch):
         evaluate.check_schedulers()
 
 
-@pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("num_inference_steps", [-1, 0, 3, 1000])
-def test_number_of_inference_steps_must_be_a_divisor(timestep_spacing, num_inference_steps):
-    scheduler = NoiseScheduler(timestep_spacing=timestep_spacing)
-    with pytest.raises(ValueError, match=f"from 1 to 500, got {num_inference_steps}"):
-        scheduler.ddim_timesteps(num_inference_steps)
-
-
-@pytest.mark.parametrize("option", ["prediction_type", "timestep_spacing"])
-def test_wrong_options_raise_value_error(option):
-    with pytest.raises(ValueError, match=f"unknown {option} 'linspace'"):
-        NoiseScheduler(**{option: "linspace"})
-
-
 # Files
 
 
@@ -108,10 +94,7 @@ def test_damaged_or_missing_schedule_raises_checkpoint_error(content, tmp_path, 
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    message = (
-        rf"^{path} is (missing|not JSON|not a JSON object).*; delete {tmp_path} to train a new"
-    )
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=rf"^cannot load {tmp_path} \(.*{path}.*; delete it"):
         load_model(tmp_path)
 
 
