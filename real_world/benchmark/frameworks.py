@@ -5,10 +5,11 @@ and returns their losses. All use full batches and Adam, and have the same loss 
 except scikit-learn, which draws its own initial weights.
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,6 @@ from torch import nn
 
 import lesson_code as lesson
 from real_world.benchmark.harness import time_call
-
-if TYPE_CHECKING:
-    import keras
 
 LR = 0.01
 Train = Callable[[int], Sequence[float]]
@@ -42,11 +40,7 @@ class Size(NamedTuple):
 def pytorch(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Train:
     """Call the lesson's train()."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-
-    def train(steps: int) -> list[float]:
-        return lesson.train(model, [(X, y)], nn.CrossEntropyLoss(), optimizer, steps)
-
-    return train
+    return functools.partial(lesson.train, model, [(X, y)], nn.CrossEntropyLoss(), optimizer)
 
 
 def pytorch_compiled(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Train:
@@ -55,44 +49,22 @@ def pytorch_compiled(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.T
     optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
     criterion = torch.compile(nn.CrossEntropyLoss())
     compiled: Any = torch.compile(model)
-
-    def train(steps: int) -> list[float]:
-        return lesson.train(compiled, [(X, y)], criterion, optimizer, steps)
-
-    return train
+    return functools.partial(lesson.train, compiled, [(X, y)], criterion, optimizer)
 
 
 # %% TensorFlow
-def compiled_keras_model(model: lesson.SimpleClassifier) -> "keras.Sequential":
-    """Return the same model in Keras, with Adam and its criterion."""
-    from real_world.static_graph.keras_copy import EPSILON, keras, keras_copy
-
-    keras_model = keras_copy(model)
-    keras_model.compile(
-        optimizer=keras.optimizers.Adam(LR, epsilon=EPSILON),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    return keras_model
-
-
 def keras_fit(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Train:
     """Call fit() as the lesson calls train(): an epoch is one step."""
-    keras_model = compiled_keras_model(model)
+    from real_world.static_graph.keras_copy import compiled_copy, fit
 
-    def train(steps: int) -> list[float]:
-        history = keras_model.fit(
-            X.numpy(), y.numpy(), batch_size=len(X), epochs=steps, shuffle=False, verbose=0
-        )
-        return history.history["loss"]
-
-    return train
+    return functools.partial(fit, compiled_copy(model), X, y)
 
 
 def keras_fit_one_epoch(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) -> Train:
     """Call fit() for one epoch of all steps; it returns only their mean loss."""
-    from real_world.static_graph.tf_setup import tf
+    from real_world.static_graph.keras_copy import compiled_copy, tf
 
-    keras_model = compiled_keras_model(model)
+    keras_model = compiled_copy(model)
     dataset = tf.data.Dataset.from_tensors((X.numpy(), y.numpy())).repeat()
 
     def train(steps: int) -> list[float]:
@@ -120,7 +92,9 @@ def jax_jit(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) ->
     """Compile the gradients and Adam's update together."""
     import jax
     from jax import numpy as jnp
+    from jax.example_libraries import optimizers
 
+    init, update, get_params = optimizers.adam(LR)
     inputs, labels = jnp.asarray(X.numpy()), jnp.asarray(y.numpy())
 
     def loss_fn(params: list) -> jax.Array:
@@ -129,28 +103,20 @@ def jax_jit(model: lesson.SimpleClassifier, X: torch.Tensor, y: torch.Tensor) ->
         return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
 
     @jax.jit
-    def step(params: list, ms: list, vs: list, t: int) -> tuple:
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        ms = [0.9 * m + 0.1 * g for m, g in zip(ms, grads, strict=True)]
-        vs = [0.999 * v + 0.001 * g**2 for v, g in zip(vs, grads, strict=True)]
-        params = [
-            p - LR / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
-            for p, m, v in zip(params, ms, vs, strict=True)
-        ]
-        return params, ms, vs, loss
+    def step(t: int, state: Any) -> tuple:  # noqa: ANN401
+        loss, grads = jax.value_and_grad(loss_fn)(get_params(state))
+        return update(t, grads, state), loss
 
-    params = [jnp.asarray(parameter.detach().numpy()) for parameter in model.parameters()]
-    ms = [jnp.zeros_like(p) for p in params]  # Adam's running means of the gradients
-    vs = [jnp.zeros_like(p) for p in params]  # and of their squares
+    state = init([jnp.asarray(parameter.detach().numpy()) for parameter in model.parameters()])
     t = 0
 
     def train(steps: int) -> list[float]:
-        nonlocal params, ms, vs, t
+        nonlocal state, t
         losses = []
         for _ in range(steps):
-            t += 1
-            params, ms, vs, loss = step(params, ms, vs, t)
+            state, loss = step(t, state)
             losses.append(loss.block_until_ready())
+            t += 1
         return losses
 
     return train

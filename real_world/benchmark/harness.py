@@ -147,6 +147,19 @@ def format_ratio(value: float, baseline: float) -> str:
     return f"{value / baseline:.2f} x"
 
 
+def time_rows(
+    results: dict[str, dict[str, Stats]], units: dict[str, str], at: str, baseline: str
+) -> list[list[str]]:
+    """Return a row per candidate: its median time by column, and its ratio in the column `at`."""
+    rows = []
+    for candidate in results[at]:
+        medians = {column: results[column][candidate]["median"] for column in results}
+        cells = [format_time(median, units[column]) for column, median in medians.items()]
+        ratio = format_ratio(medians[at], results[at][baseline]["median"])
+        rows.append([candidate, *cells, ratio])
+    return rows
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose first column is aligned left, and the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]

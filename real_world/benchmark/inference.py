@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 import lesson_code as lesson
-from real_world.benchmark.harness import (
-    Stats,
-    format_ratio,
-    format_time,
-    interleave_stats,
-    markdown_table,
-    worker,
-)
+from real_world.benchmark import harness
 from real_world.common import CheckFailed
 from real_world.deploy.cpp import build_cpp
-from real_world.deploy.formats import FORMATS, ExportFormat, Forward, export_and_verify
+from real_world.deploy.formats import (
+    FORMATS,
+    ExportFormat,
+    Forward,
+    export_and_verify,
+    export_graph,
+)
 
 QUOTE = "a PyTorch model loaded via torch.jit.script or torch.compile"
 
@@ -36,16 +35,8 @@ FROM_CPP = "AOTInductor, called from C++"
 
 # %% ONNX Runtime, which is here only to be compared with
 def export_onnx(model: lesson.SimpleClassifier, path: Path) -> None:
-    """Export a graph for any batch size."""
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(
-        model,
-        (torch.zeros(2, model.fc1.in_features),),
-        path,
-        dynamic_shapes=({0: batch},),
-        external_data=False,
-        verbose=False,
-    )
+    """Save a graph for any batch size."""
+    torch.onnx.export(export_graph(model), f=path, external_data=False, verbose=False)
 
 
 def load_onnx(path: Path, model: lesson.SimpleClassifier) -> Forward:
@@ -87,11 +78,8 @@ def one_core() -> Iterator[None]:
 
 def time_forward(model: Forward, batch: torch.Tensor, calls: int) -> float:
     """Return the seconds per call."""
-    start = time.perf_counter()
     with torch.inference_mode():
-        for _ in range(calls):
-            model(batch)
-    return (time.perf_counter() - start) / calls
+        return timeit.timeit(lambda: model(batch), number=calls) / calls
 
 
 def load_formats(
@@ -110,7 +98,7 @@ def load_formats(
 
 def time_formats(
     models: dict[str, Forward], rows: torch.Tensor, cpp: Sequence[str | Path], quick: bool
-) -> dict[str, Stats]:
+) -> dict[str, harness.Stats]:
     """Return the seconds per call by format, for one batch size."""
     for model in models.values():
         time_forward(model, rows, 10)  # warm up: torch.compile may compile for this batch size
@@ -119,9 +107,10 @@ def time_formats(
     candidates: dict[str, Callable[[], float]] = {
         name: functools.partial(time_forward, model, rows, calls) for name, model in models.items()
     }
-    with worker([*cpp, str(len(rows)), str(calls)]) as time_cpp:
+    with harness.worker([*cpp, str(len(rows)), str(calls)]) as time_cpp:
         candidates[FROM_CPP] = time_cpp
-        return interleave_stats(candidates, 1 if quick else 20, f"inference, {len(rows)} rows")
+        rounds = 1 if quick else 20
+        return harness.interleave_stats(candidates, rounds, f"inference, {len(rows)} rows")
 
 
 @one_core()
@@ -161,12 +150,8 @@ def table(results: dict[str, Any]) -> str:
         at = RATIO_AT[name]
         ratio_of = columns[list(by_size).index(at)].removesuffix(" (µs)")
         header = [f"{name} model, {layers}", *columns, f"{ratio_of}, relative to eager"]
-        rows = []
-        for export_format, measured in by_size[at].items():
-            cells = [format_time(by_size[size][export_format]["median"], "µs") for size in by_size]
-            ratio = format_ratio(measured["median"], by_size[at]["eager"]["median"])
-            rows.append([export_format, *cells, ratio])
-        tables.append(markdown_table(header, rows))
+        rows = harness.time_rows(by_size, dict.fromkeys(by_size, "µs"), at, baseline="eager")
+        tables.append(harness.markdown_table(header, rows))
     return "\n\n".join(tables)
 
 

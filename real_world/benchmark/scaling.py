@@ -21,13 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lesson_code as lesson
-from real_world.benchmark.harness import (
-    ROOT,
-    format_time,
-    interleave_stats,
-    markdown_table,
-    time_call,
-)
+from real_world.benchmark import harness
 
 QUOTE = "thousands of A100 GPUs coordinated via torch.distributed"
 
@@ -84,7 +78,7 @@ def train_shard(model_name: str, samples: int, threads: int) -> None:
     times = []
     for _ in range(5):
         dist.barrier()
-        times.append(time_call(train) / steps)
+        times.append(harness.time_call(train) / steps)
     if rank == 0:
         print(statistics.median(times[1:]), flush=True)  # the first one is slower
     dist.barrier()
@@ -99,7 +93,7 @@ def time_step(run: Run) -> float:
     module = ["-m", "real_world.benchmark.scaling", run.model, str(run.samples), str(run.threads)]
     done = subprocess.run(
         [sys.executable, *torchrun, *module],
-        cwd=ROOT,
+        cwd=harness.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(run.threads)},
         stdout=subprocess.PIPE,
         check=True,
@@ -110,7 +104,7 @@ def time_step(run: Run) -> float:
 def measure(quick: bool) -> dict[str, Any]:
     """Measure all runs."""
     candidates = {name: functools.partial(time_step, run) for name, run in RUNS.items()}
-    return interleave_stats(candidates, 1 if quick else 3, "scaling")
+    return harness.interleave_stats(candidates, 1 if quick else 3, "scaling")
 
 
 # %% Show
@@ -123,19 +117,12 @@ def speedups(results: dict[str, Any]) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """Return the time of a step by run, and its speedup."""
-    speedup = speedups(results)
-    rows = [
-        [
-            name,
-            f"{RUNS[name].samples:,}",
-            format_time(stats["median"], "ms"),
-            f"{speedup[name]:.2f} x",
-        ]
-        for name, stats in results.items()
-    ]
-    return markdown_table(
-        ["model", "samples per step", "step (ms)", "speedup, in samples per second"], rows
-    )
+    header = ["model", "samples per step", "step (ms)", "speedup, in samples per second"]
+    rows = []
+    for name, speedup in speedups(results).items():
+        step_time = harness.format_time(results[name]["median"], "ms")
+        rows.append([name, f"{RUNS[name].samples:,}", step_time, f"{speedup:.2f} x"])
+    return harness.markdown_table(header, rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

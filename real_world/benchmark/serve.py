@@ -17,14 +17,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from real_world.benchmark.harness import (
-    ROOT,
-    format_number,
-    format_ratio,
-    interleave,
-    markdown_table,
-    summarize,
-)
+from real_world.benchmark import harness
 from real_world.common import OUTPUT, CheckFailed, load_lesson_model
 
 QUOTE = "Requests arrive via an API gateway ... and are batched"
@@ -78,7 +71,7 @@ def run_server(module: str, *options: str) -> Iterator[Server]:
     command = [sys.executable, "-m", module, "--port", str(port), *options]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+        command, cwd=harness.ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     ) as server:
         try:
             while not answers(url):
@@ -123,10 +116,10 @@ def measure(quick: bool) -> dict[str, Any]:
                 name: functools.partial(generate_load, server, connections, seconds)
                 for name, server in servers.items()
             }
-            runs = interleave(candidates, rounds, f"serve, {connections} connections")
+            runs = harness.interleave(candidates, rounds, f"serve, {connections} connections")
             for name, measured in runs.items():
                 results[name][str(connections)] = {
-                    key: summarize([run[key] for run in measured]) for key in measured[0]
+                    key: harness.summarize([run[key] for run in measured]) for key in measured[0]
                 }
     return results
 
@@ -142,9 +135,9 @@ def table(results: dict[str, Any]) -> str:
     for server, by_connections in results.items():
         rates = [f"{load['rate']['median']:,.0f}" for load in by_connections.values()]
         load = by_connections[most]
-        ratio = format_ratio(load["rate"]["median"], baseline)
-        rows.append([server, *rates, ratio, format_number(load["p99"]["median"])])
-    return markdown_table(header, rows)
+        ratio = harness.format_ratio(load["rate"]["median"], baseline)
+        rows.append([server, *rates, ratio, harness.format_number(load["p99"]["median"])])
+    return harness.markdown_table(header, rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -11,18 +11,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from real_world.benchmark import frameworks
+from real_world.benchmark import frameworks, harness
 from real_world.benchmark.frameworks import FRAMEWORKS, Size
-from real_world.benchmark.harness import (
-    Stats,
-    format_number,
-    format_ratio,
-    format_time,
-    interleave_stats,
-    markdown_table,
-    time_call,
-    worker,
-)
 
 QUOTE = "This explicit loop, as opposed to Keras's model.fit()"
 
@@ -38,18 +28,18 @@ PAUSE = 0.5  # seconds: the previous process's threads keep spinning for a while
 
 
 # %% Measure
-def time_steps(size: Size, rounds: int, title: str) -> dict[str, Stats]:
+def time_steps(size: Size, rounds: int, title: str) -> dict[str, harness.Stats]:
     """Return the seconds per step by framework, each in a process of its own."""
     with contextlib.ExitStack() as stack:
         candidates = {}
         for framework in FRAMEWORKS:
             numbers = [str(number) for number in size]
             command = [sys.executable, "-m", frameworks.__name__, framework, *numbers]
-            candidates[framework] = stack.enter_context(worker(command))
-        return interleave_stats(candidates, rounds, title, PAUSE)
+            candidates[framework] = stack.enter_context(harness.worker(command))
+        return harness.interleave_stats(candidates, rounds, title, PAUSE)
 
 
-def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
+def time_matmul(rounds: int, n: int) -> dict[str, harness.Stats]:
     """Return the FLOP/s of an (n, n) matrix product by framework: the most that it can reach."""
     from jax import numpy as jnp
 
@@ -67,14 +57,14 @@ def time_matmul(rounds: int, n: int) -> dict[str, Stats]:
     }
 
     def flops_per_second(product: Callable[[], object]) -> float:
-        return 2 * n**3 / time_call(product)
+        return 2 * n**3 / harness.time_call(product)
 
     for product in products.values():
         product()
     candidates = {
         name: functools.partial(flops_per_second, product) for name, product in products.items()
     }
-    return interleave_stats(candidates, rounds, "matmul", PAUSE)
+    return harness.interleave_stats(candidates, rounds, "matmul", PAUSE)
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -96,21 +86,18 @@ def table(results: dict[str, Any]) -> str:
     layers = ["-".join(str(size) for size in SIZES[name][1:]) for name in steps]
     samples = [f"{SIZES[name].samples:,}" for name in steps]
     rows = [["samples", *samples, ""], ["layer sizes", *layers, ""]]
-    for framework in FRAMEWORKS:
-        medians = {name: steps[name][framework]["median"] for name in steps}
-        cells = [format_time(median, UNITS[name]) for name, median in medians.items()]
-        ratio = format_ratio(medians["lesson"], steps["lesson"][BASELINE]["median"])
-        rows.append([framework, *cells, ratio])
+    rows += harness.time_rows(steps, UNITS, at="lesson", baseline=BASELINE)
     speeds = results["matmul"]
-    gflops = [format_number(speed["median"] / 1e9) for speed in speeds.values()]
-    products = markdown_table(["product of two large matrices", *speeds], [["GFLOP/s", *gflops]])
-    return f"{markdown_table(header, rows)}\n\n{products}"
+    gflops = [harness.format_number(speed["median"] / 1e9) for speed in speeds.values()]
+    speed_rows = [["GFLOP/s", *gflops]]
+    products = harness.markdown_table(["product of two large matrices", *speeds], speed_rows)
+    return f"{harness.markdown_table(header, rows)}\n\n{products}"
 
 
 def plot_steps(
     left: Axes,
     right: Axes,
-    steps: dict[str, dict[str, Stats]],
+    steps: dict[str, dict[str, harness.Stats]],
     sizes: dict[str, Size],
     peaks: dict[str, float],
 ) -> None:
