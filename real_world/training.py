@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 import lesson_code as lesson
@@ -142,3 +143,30 @@ def train_progress(title: str, steps: int) -> OnStep:
             bar.close()
 
     return on_step
+
+
+@contextlib.contextmanager
+def one_cycle(
+    title: str, optimizer: torch.optim.Optimizer, steps: int, log_path: Path
+) -> Iterator[OnStep]:
+    """Yield an on_step for train(): the progress, a file of losses, and a learning rate schedule.
+
+    The learning rate rises to that of the optimizer for a tenth of the steps, at least two, because
+    Adam's averages of the gradients are rough at first. Then it decays to nearly 0 (cosine).
+    """
+    lr_scheduler = OneCycleLR(
+        optimizer,
+        optimizer.param_groups[0]["lr"],
+        steps,
+        pct_start=max(0.1, 2 / steps),
+        cycle_momentum=False,  # it would change Adam's betas
+    )
+    show_progress = train_progress(title, steps)
+    with log_losses(log_path, optimizer) as log:
+
+        def on_step(step: int, loss: torch.Tensor) -> None:
+            log(step, loss)
+            show_progress(step, loss)
+            lr_scheduler.step()
+
+        yield on_step

@@ -18,8 +18,7 @@ from real_world.llama.sampling import GREEDY
 from real_world.llama.tokenizer import Tokenizer, load_tokenizer
 from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train_llama
 from real_world.lora.config import LLAMA, FinetuneConfig
-from real_world.lora.lora import LoraConfig, apply_lora
-from real_world.lora.verify import check_adapter, count_parameters, show_parameters
+from real_world.lora.verify import add_adapter, check_adapter, count_parameters
 from real_world.training import save_config, show_config
 
 CONTEXT_LENGTH = TrainConfig.context_length
@@ -81,16 +80,7 @@ def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -
     text = load_corpus().numpy().tobytes().decode()
     train_tokens, validation_tokens = train_val_split(torch.tensor(tokenizer.encode(text)))
     X = validation_tokens[None, :CONTEXT_LENGTH].to(device)  # (1, context_length)
-    with torch.no_grad():
-        logits = model(X)
-
-    torch.manual_seed(config.seed)
-    lora_config = LoraConfig(TARGET_MODULES, r=config.rank, lora_alpha=2 * config.rank)
-    apply_lora(model, lora_config)
-    show_parameters(model, lora_config)
-    with torch.no_grad():
-        unchanged = model(X).equal(logits)
-    check("output before training", "equal to the base model's", unchanged)
+    lora_config = add_adapter(model, TARGET_MODULES, config, X)
     show("training + validation", f"{len(train_tokens):,} + {len(validation_tokens):,} tokens")
     train_config = TrainConfig(
         learning_rate=config.learning_rate,

@@ -9,8 +9,7 @@ import torch
 import lesson_code as lesson
 from real_world.common import check
 from real_world.lora.config import STABLE_DIFFUSION, FinetuneConfig
-from real_world.lora.lora import LoraConfig, apply_lora
-from real_world.lora.verify import check_adapter, show_parameters
+from real_world.lora.verify import add_adapter, check_adapter
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import nearest_distances, train_classifier
 from real_world.stable_diffusion.pipeline import LatentDiffusion
@@ -74,16 +73,10 @@ def finetune_stable_diffusion(
     evaluate = Evaluation(model)
     images_before = model.generate(prompts, seed=config.seed)
 
-    torch.manual_seed(config.seed)
     base_unet = copy.deepcopy(model.unet)
-    lora_config = LoraConfig(TARGET_MODULES, r=config.rank, lora_alpha=2 * config.rank)
-    apply_lora(model.unet, lora_config)
-    show_parameters(model.unet, lora_config)
     timesteps = 100 * data.y_test  # any timesteps, for comparisons
     X = UNetInput(model.encode(data.X_test), timesteps, data.y_test)
-    with torch.no_grad():
-        unchanged = model.unet(X).equal(base_unet(X))
-    check("output before training", "equal to the base model's", unchanged)
+    lora_config = add_adapter(model.unet, TARGET_MODULES, config, X)
 
     print(f"\n  Training on {device}")
     show_config(config)

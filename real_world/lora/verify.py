@@ -1,4 +1,4 @@
-"""The checks after training: the base model is unchanged; the adapter can be loaded and merged."""
+"""The checks: a new adapter changes nothing; a trained one can be loaded and merged."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ from torch import nn
 
 from real_world.common import check, show
 from real_world.lora.adapter import load_adapter, save_adapter
-from real_world.lora.lora import LoraConfig, merge_lora
+from real_world.lora.config import FinetuneConfig
+from real_world.lora.lora import LoraConfig, apply_lora, merge_lora
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
@@ -15,12 +16,24 @@ def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-def show_parameters(model: nn.Module, config: LoraConfig) -> None:
-    """Print how many parameters an adapted model has, and how many of them are trained."""
+@torch.no_grad()
+def add_adapter(
+    model: nn.Module, target_modules: tuple[str, ...], config: FinetuneConfig, X: object
+) -> LoraConfig:
+    """Apply LoRA to a model in place, print how many parameters are trained; return its config.
+
+    Raises CheckFailed if the output for X, an input of the model, changed.
+    """
+    output = model(X)
+    torch.manual_seed(config.seed)
+    lora_config = LoraConfig(target_modules, r=config.rank, lora_alpha=2 * config.rank)
+    apply_lora(model, lora_config)
     trainable = count_parameters(model, trainable_only=True)
     base = count_parameters(model) - trainable
     show("base parameters", f"{base:,}")
-    show(f"trainable, with rank {config.r}", f"{trainable:,}, {trainable / base:.2%}")
+    show(f"trainable, with rank {config.rank}", f"{trainable:,}, {trainable / base:.2%}")
+    check("output before training", "equal to the base model's", model(X).equal(output))
+    return lora_config
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,14 +21,7 @@ from real_world.stable_diffusion.pipeline import (
 from real_world.stable_diffusion.scheduler import NoiseScheduler
 from real_world.stable_diffusion.unet import UNet
 from real_world.stable_diffusion.vae import VAE, vae_loss
-from real_world.training import (
-    check_config,
-    log_losses,
-    option,
-    save_config,
-    show_config,
-    train_progress,
-)
+from real_world.training import check_config, one_cycle, option, save_config, show_config
 
 
 @dataclass(frozen=True)
@@ -44,32 +36,16 @@ class TrainConfig:
     seed: int = option(0, "of the training; of the images, if a model is saved already", minimum=0)
 
 
-def train_vae(vae: VAE, images: torch.Tensor, config: TrainConfig, log_path: Path) -> list[float]:
-    """Train a VAE in place on images, (n, 1, 8, 8); return the loss of every step.
+def train_vae(vae: VAE, images: torch.Tensor, config: TrainConfig, log_path: Path) -> None:
+    """Train a VAE in place on images, (n, 1, 8, 8).
 
-    The losses are also written to `log_path`, a .jsonl file, while it trains.
+    The losses are written to `log_path`, a .jsonl file, while it trains.
     """
     loader = DataLoader(TensorDataset(images, images), config.batch_size, shuffle=True)
-    steps = config.vae_epochs * len(loader)
     optimizer = torch.optim.Adam(vae.parameters(), config.vae_learning_rate)
-    # cycle_momentum would change Adam's betas.
-    lr_scheduler = OneCycleLR(
-        optimizer,
-        config.vae_learning_rate,
-        steps,
-        pct_start=max(0.1, 2 / steps),  # a warm-up of at least two steps
-        cycle_momentum=False,
-    )
-    show_progress = train_progress("VAE", steps)
-    with log_losses(log_path, optimizer) as log:
-
-        def on_step(step: int, loss: torch.Tensor) -> None:
-            log(step, loss)
-            show_progress(step, loss)
-            lr_scheduler.step()
-
+    with one_cycle("VAE", optimizer, config.vae_epochs * len(loader), log_path) as on_step:
         # train() expects a model that returns a tensor; this one returns a VAEOutput.
-        return lesson.train(vae, loader, vae_loss, optimizer, config.vae_epochs, on_step)  # type: ignore[arg-type]
+        lesson.train(vae, loader, vae_loss, optimizer, config.vae_epochs, on_step)  # type: ignore[arg-type]
 
 
 def train_unet(
@@ -88,21 +64,11 @@ def train_unet(
     dataset = NoisyLatents(latents, labels, scheduler, config.steps, config.batch_size)
     loader = DataLoader(dataset, batch_size=None)  # the dataset yields whole mini-batches
     optimizer = torch.optim.Adam(unet.parameters(), config.learning_rate)
-    lr_scheduler = OneCycleLR(
-        optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False
-    )
     # The weights of the last step depend on its noise: average those of about the last 100 (J. Ho
     # et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B).
     ema_model = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    show_progress = train_progress("U-Net", config.steps)
-    with log_losses(log_path, optimizer) as log:
-
-        def on_step(step: int, loss: torch.Tensor) -> None:
-            log(step, loss)
-            show_progress(step, loss)
-            lr_scheduler.step()
-            ema_model.update_parameters(unet)
-
+    optimizer.register_step_post_hook(lambda *_: ema_model.update_parameters(unet))
+    with one_cycle("U-Net", optimizer, config.steps, log_path) as on_step:
         losses = lesson.train(unet, loader, nn.functional.mse_loss, optimizer, 1, on_step)
     unet.load_state_dict(ema_model.module.state_dict())
     return losses
