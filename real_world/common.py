@@ -152,7 +152,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_lesson_model(path: Path) -> lesson.SimpleClassifier:
-    """Return the model of a lesson's checkpoint; if there is none yet, train and save one."""
+    """Return the model of a lesson's checkpoint; if there is none yet, train and save one.
+
+    Raises CheckpointError if the file is damaged or its weights are not finite.
+    """
     if not path.exists():
         show("no checkpoint yet", f"training a model for {path}")
         torch.manual_seed(0)  # as in section 5 of the lesson, with its rule
@@ -163,4 +166,7 @@ def load_lesson_model(path: Path) -> lesson.SimpleClassifier:
         losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer)
         path.parent.mkdir(parents=True, exist_ok=True)
         lesson.save_checkpoint(path, model, optimizer, losses)
-    return lesson.load_checkpoint(path)[0]
+    model, _, _ = lesson.load_checkpoint(path)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise lesson.CheckpointError(f"the weights in {path} are not finite; train the model again")
+    return model

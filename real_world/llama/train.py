@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import lesson_code as lesson
 from real_world.llama.data import RandomWindows
 from real_world.llama.model import Llama
-from real_world.training import log_losses, option, train_progress
+from real_world.training import one_cycle, option
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,7 @@ def train_llama(model: Llama, text: torch.Tensor, config: TrainConfig, folder: P
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
-    # Warm-up for a tenth of the steps, because Adam's averages of the gradients are rough at
-    # first; then a cosine decay.
-    lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False
-    )
-    show_progress = train_progress("llama", config.steps)
-    with log_losses(folder / "losses.jsonl", optimizer) as log:
-
-        def on_step(step: int, loss: torch.Tensor) -> None:
-            log(step, loss)
-            show_progress(step, loss)
-            lr_scheduler.step()
-
+    with one_cycle("llama", optimizer, config.steps, folder / "losses.jsonl") as on_step:
         return lesson.train(model, loader, next_token_loss, optimizer, epochs=1, on_step=on_step)
 
 

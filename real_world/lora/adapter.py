@@ -14,7 +14,7 @@ from torch import nn
 
 from lesson_code import CheckpointError
 from real_world.common import atomic_write, read_json
-from real_world.lora.lora import LoraConfig, apply_lora
+from real_world.lora.lora import LoraConfig, apply_lora, find_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -25,7 +25,8 @@ UNSET: tuple = (None, False, {}, [])
 SUPPORTED_VALUES: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "init_lora_weights": (True, False, "gaussian", None),  # others change the base weights
+    # Others change the base weights.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
     "alora_invocation_tokens": UNSET,
     "alpha_pattern": UNSET,
     "layer_replication": UNSET,
@@ -62,6 +63,8 @@ def read_config(path: Path) -> LoraConfig:
             if content.get(field) not in values:
                 value = json.dumps(content.get(field))
                 raise CheckpointError(f"{path} is not supported: {field} is {value}")
+        if not isinstance(content["r"], int) or content["r"] < 1:
+            raise ValueError("r must be an integer of at least 1")
         return LoraConfig(tuple(target_modules), content["r"], float(content["lora_alpha"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the configuration of an adapter: {error!r}") from None
@@ -70,22 +73,30 @@ def read_config(path: Path) -> LoraConfig:
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Apply LoRA to a model in place, with weights from a folder; return the configuration.
 
-    If it fails, the model may have an adapter without these weights.
-
     Raises:
         CheckpointError: a file is damaged, or the weights do not match the model.
         OSError: a file is missing.
     """
     config = read_config(folder / CONFIG_FILE)
+    try:
+        targets = find_targets(model, config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     path = folder / WEIGHTS_FILE
     try:
-        saved = load(path.read_bytes())
-        weights = {name.removeprefix(PREFIX): weight for name, weight in saved.items()}
-        apply_lora(model, config)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    # ValueError: no such layers; RuntimeError: other shapes
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {path}: {' '.join(str(error).split())}") from None
-    if differences := unexpected + [name for name in missing if "lora_" in name]:
-        raise CheckpointError(f"{path} has other weights than the model: {', '.join(differences)}")
+        weights = load(path.read_bytes())
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    expected = {}  # the shape of each weight
+    for name, linear in targets:
+        expected[f"{name}.lora_A.weight"] = (config.r, linear.in_features)
+        expected[f"{name}.lora_B.weight"] = (linear.out_features, config.r)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in expected | shapes:
+        if shapes.get(name) != expected.get(name):
+            message = f"{name} is {shapes.get(name)} instead of {expected.get(name)}"
+            raise CheckpointError(f"{path}: its weights do not match the model: {message}")
+    apply_lora(model, config)  # only now: a model is not changed by an adapter that is refused
+    model.load_state_dict(weights, strict=False)
     return config

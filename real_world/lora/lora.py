@@ -50,11 +50,8 @@ class LoraLinear(nn.Module):
         return self.base_layer
 
 
-def apply_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Freeze a model in place, and wrap its target modules.
-
-    Raises ValueError if there are none, or if the model has an adapter already.
-    """
+def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Linear]]:
+    """Return the layers to adapt. Raises ValueError if there are none, or an adapter already."""
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("the model has an adapter already: merge it first")
     suffixes = tuple(f".{name}" for name in config.target_modules)
@@ -65,6 +62,12 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
     ]
     if not targets:
         raise ValueError(f"no linear layer is named {' or '.join(config.target_modules)}")
+    return targets
+
+
+def apply_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze a model in place, and wrap its target modules. Raises ValueError as find_targets()."""
+    targets = find_targets(model, config)
     model.requires_grad_(False)
     for name, linear in targets:
         model.set_submodule(name, LoraLinear(linear, config.r, config.lora_alpha))

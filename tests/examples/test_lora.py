@@ -148,8 +148,11 @@ def test_peft_loads_our_adapter_and_merges_it_to_the_same_weights(model, folder)
     assert all(merged[name].equal(weights[name]) for name in weights)
 
 
-def test_load_adapter_saved_by_peft(tmp_path):
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"])
+@pytest.mark.parametrize("init", [True, "orthogonal"])
+def test_load_adapter_saved_by_peft(tmp_path, init):
+    config = peft.LoraConfig(
+        r=6, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights=init
+    )
     theirs = peft.get_peft_model(to_transformers(make_llama()), config)
     randomize_adapter(theirs)
     theirs.save_pretrained(tmp_path)
@@ -157,7 +160,7 @@ def test_load_adapter_saved_by_peft(tmp_path):
     loaded = load_adapter(ours, tmp_path)
     assert ours(TOKENS).equal(theirs(TOKENS).logits)
     assert not ours(TOKENS).allclose(make_llama()(TOKENS))
-    assert (loaded.r, loaded.lora_alpha) == (3, 5)
+    assert (loaded.r, loaded.lora_alpha) == (6, 5)
 
 
 @pytest.mark.parametrize("option", [{"use_dora": True}, {"rank_pattern": {"q_proj": 3}}])
@@ -191,17 +194,23 @@ def test_peft_loads_the_adapter_of_a_unet(tmp_path):
         ({"bias": "all"}, 'not supported: bias is "all"'),
         ({"target_modules": "all-linear"}, "target_modules is not a list"),
         ({"peft_type": "IA3"}, 'peft_type is "IA3"'),
-        ({"r": 5}, r"size mismatch for .*lora_A.weight"),
-        ({"target_modules": ["q_proj"]}, r"other weights than the model: .*v_proj\.lora_"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"other weights .*o_proj\.lora_"),
+        ({"r": 5}, r"lora_A.weight is \(4, 96\) instead of \(5, 96\)"),
+        ({"r": 0}, "is not the configuration of an adapter"),
+        ({"r": "8"}, "is not the configuration of an adapter"),
+        ({"target_modules": ["q_proj"]}, r"do not match the model: .*v_proj\.lora_"),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"match .*o_proj\.lora_"),
         ({"target_modules": ["query"]}, "no linear layer is named query"),
     ],
 )
 def test_other_adapters_raise_checkpoint_error(folder, change, message):
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = make_llama()
     with pytest.raises(CheckpointError, match=message):
-        load_adapter(make_llama(), folder)
+        load_adapter(model, folder)
+    modules = {type(module) for module in model.modules()}
+    assert LoraLinear not in modules, "a refused adapter changes nothing"
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_adapter_on_an_adapter_is_refused(folder):
