@@ -21,6 +21,7 @@ from real_world.common import CheckFailed, check, show
 from real_world.deploy.formats import first_error
 
 SOURCE = Path(__file__).parent / "cpp"
+REPEATS = 300  # of 1,000 samples, which are timed
 
 
 def run_build(command: list[str]) -> None:
@@ -81,7 +82,7 @@ def check_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> N
 
 def measure_cpp(program: Path, package: Path, model: lesson.SimpleClassifier) -> None:
     """Time the C++ program and the same loop in Python, alternately; print the medians."""
-    text = 300 * to_csv(torch.randn(1000, model.fc1.in_features))
+    text = REPEATS * to_csv(torch.randn(1000, model.fc1.in_features))
     cpp_times, python_times = [], []
     with open(os.devnull, "w") as devnull:
         for _ in tqdm(range(5), "timing C++ and Python", leave=False, disable=None):

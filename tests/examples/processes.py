@@ -13,6 +13,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 120  # seconds, for anything that is waited for
 
 
+def run(*command: object, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository; return its status and what it printed."""
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        input=input,
+        capture_output=True,
+        text=True,
+    )
+
+
 @contextlib.contextmanager
 def start(*command: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Run a command during a `with` block, and kill it with its children at the end."""

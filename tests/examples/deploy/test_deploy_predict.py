@@ -13,42 +13,66 @@ from pathlib import Path
 
 import pytest
 import torch
-from deploy_run import ROOT, run, run_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readmes import REAL_WORLD, assert_transcript
+from processes import finish, run, start, wait_until
+from readmes import REAL_WORLD
 
 import lesson_code as lesson
-from real_world.deploy.cpp import to_csv
+from real_world.common import load_lesson_model
+from real_world.deploy.formats import export_aotinductor
 
 SAMPLE = "0.5,-1.2,0.3,0.8\n"
+BUILD = """
+import pathlib, sys
+from real_world.deploy.cpp import build_cpp
+build_cpp(pathlib.Path(sys.argv[1]), sys.argv[2])
+"""
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory) -> tuple[Path, str]:
-    """Run the example with --cpp; return its output folder and what it printed."""
+def folder(tmp_path_factory) -> Path:
+    """Return a folder with a checkpoint, its package, and two programs that are built at once."""
     folder = tmp_path_factory.mktemp("deployed")
-    return folder, run_example(folder, "--cpp")
+    build = [sys.executable, "-c", BUILD, folder]
+    with start(*build, "predict") as predict, start(*build, "latency") as latency:
+        model = load_lesson_model(folder / "lesson.pt").requires_grad_(False)
+        export_aotinductor(model, folder / "lesson.pt2")
+        for process in (predict, latency):
+            assert finish(process) == (0, "")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def model(deployed) -> lesson.SimpleClassifier:
-    return lesson.load_checkpoint(deployed[0] / "lesson.pt")[0]
+def model(folder) -> lesson.SimpleClassifier:
+    return load_lesson_model(folder / "lesson.pt")
 
 
 @pytest.fixture(scope="module")
-def predict(deployed) -> list[Path]:
+def predict(folder) -> list[Path]:
     """Return the command of the C++ program."""
-    return [deployed[0] / "cpp" / "predict", deployed[0] / "lesson.pt2"]
+    return [folder / "cpp" / "predict", folder / "lesson.pt2"]
+
+
+def assert_refused(
+    done: subprocess.CompletedProcess[str], package: Path, message: str = ".+"
+) -> None:
+    """Assert that the program ended without an answer, and with one line: a regular expression."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"predict: cannot use {package}: {message}\n", done.stderr), done.stderr
 
 
 def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"\b0\.\d{6,}", text)]
 
 
-def test_from_training_to_an_answer(deployed):
+def test_builds_leave_the_programs_only(folder):
+    assert {path.name for path in folder.iterdir()} == {"lesson.pt", "lesson.pt2", "cpp"}
+    assert {path.name for path in (folder / "cpp").iterdir()} == {"predict", "latency"}
+
+
+def test_from_training_to_an_answer(folder):
     """The lines of the index: C++ and HTTP give the same answer, the one that it shows."""
-    folder, _ = deployed
     index = (REAL_WORLD / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```console\n(.*?)```", index, re.DOTALL)
     lines = re.findall(r"^\$ (?:\./setup\.sh )?(?:--all )?(.+)$", "".join(blocks), re.MULTILINE)
@@ -60,21 +84,12 @@ def test_from_training_to_an_answer(deployed):
 
     assert serve == "python -m real_world.serve"
     options = ["--port", "0", "--metrics-port", "0", "--checkpoint", folder / "lesson.pt"]
-    command = [sys.executable, "-m", "real_world.serve", *options]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            printed = iter(server.stdout.readline, "")
-            address = next(re.search(r"//([\d.:]+)", line) for line in printed if "//" in line)
-            response = run("sh", "-c", curl.replace("localhost:8000", address[1])).stdout
-        finally:
-            server.terminate()
+    with start(sys.executable, "-m", "real_world.serve", *options) as server:
+        printed = iter(server.stdout.readline, "")
+        address = next(re.search(r"//([\d.:]+)", line) for line in printed if "//" in line)
+        response = run("sh", "-c", curl.replace("localhost:8000", address[1])).stdout
     assert numbers(response) == pytest.approx(numbers(blocks[1]), abs=1e-5)
     assert numbers(response) == pytest.approx(numbers(answer), abs=1e-5)
-
-
-def test_readme(deployed):
-    printed = re.sub(r"  no checkpoint yet.*\n", "", deployed[1])  # the README begins with one
-    assert_transcript("deploy", printed)
 
 
 def answers(text: str) -> dict[int, tuple[int, list[float]]]:
@@ -87,18 +102,6 @@ def test_cpp_program_links_no_python(predict):
     libraries = [line.split()[0] for line in run("ldd", predict[0]).stdout.splitlines()]
     assert "libtorch_cpu.so" in libraries
     assert [name for name in libraries if "python" in name] == []
-
-
-def test_cpp_answers_are_those_of_predict(predict, model):
-    X = torch.randn(1000, 4, generator=torch.Generator().manual_seed(3))
-    done = run(*predict, input=to_csv(X))
-    assert (done.returncode, done.stderr) == (0, "")
-    classes, probabilities = lesson.predict(model, X)
-    given = answers(done.stdout)
-    assert list(given) == list(range(1, 1001))
-    assert [label for label, _ in given.values()] == classes.tolist()
-    cpp_probabilities = torch.tensor([row for _, row in given.values()])
-    torch.testing.assert_close(cpp_probabilities, probabilities, rtol=0, atol=1e-6)
 
 
 PEAK_MEMORY = """
@@ -140,16 +143,20 @@ def test_invalid_line_gets_a_message_and_no_answer(predict, line, message):
     assert given[1] == given[3]
 
 
-def test_number_too_small_for_a_double_is_zero(predict):
-    expected = run(*predict, input="0,0,0,0\n")
-    done = run(*predict, input=f"1e-400,-1e-400,2e-324,0.{'0' * 400}1\n")
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected.stdout, "")
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("\ufeff" + SAMPLE.replace("\n", "\r\n"), SAMPLE),  # as Windows writes it
+        (f"1e-400,-1e-400,2e-324,0.{'0' * 400}1\n", "0,0,0,0\n"),  # too small for a double
+    ],
+)
+def test_other_ways_to_write_a_sample(predict, text, same):
+    done = run(*predict, input=text)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run(*predict, input=same).stdout
 
 
-def test_byte_order_mark_windows_line_ends_and_header(predict):
-    expected = answers(run(*predict, input=SAMPLE).stdout)
-    done = run(*predict, input="\ufeff" + SAMPLE.replace("\n", "\r\n"))
-    assert (done.returncode, answers(done.stdout)) == (0, expected)
+def test_header_is_named(predict):
     done = run(*predict, input=f"a,b,c,d\n{SAMPLE}")
     message = "line 1 has 'a', which is not a finite number (the file must have no header)"
     assert (done.returncode, done.stderr) == (1, f"predict: {message}\n")
@@ -214,13 +221,11 @@ def test_file_that_is_not_a_package_of_the_lesson(predict, tmp_path):
     other_model = altered(predict[1], path, in_features="").read_bytes()
     for content in (b"not a package", predict[1].read_bytes()[:-1000], other_model):
         path.write_bytes(content)
-        done = run(predict[0], path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(rf"predict: cannot use {path}: .+\n", done.stderr)
-    # PyTorch itself also reports that the shapes of the model do not fit.
-    done = run(predict[0], altered(predict[1], path, in_features="5"), input="1,2,3,4,5\n")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(rf"^predict: cannot use {path}: .+\n\Z", done.stderr, re.MULTILINE)
+        assert_refused(run(predict[0], path), path)
+    altered(predict[1], path, in_features="5")
+    done = run(predict[0], path, input="1,2,3,4,5\n")
+    done.stderr = done.stderr[done.stderr.index("predict:") :]  # PyTorch also reports the shapes
+    assert_refused(done, path)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +233,9 @@ def test_file_that_is_not_a_package_of_the_lesson(predict, tmp_path):
     [(None, "no such file"), (os.mkdir, "is a folder"), (os.mkfifo, "not a regular file")],
 )
 def test_path_that_is_not_a_file(predict, tmp_path, create, message):
-    path = tmp_path / "lesson.pt2"
     if create:
-        create(path)
-    done = run(predict[0], path)
-    assert (done.returncode, done.stderr) == (2, f"predict: cannot use {path}: {message}\n")
+        create(tmp_path / "lesson.pt2")
+    assert_refused(run(predict[0], tmp_path / "lesson.pt2"), tmp_path / "lesson.pt2", message)
 
 
 def test_package_with_a_flipped_bit(predict, tmp_path):
@@ -250,11 +253,8 @@ def test_package_with_a_flipped_bit(predict, tmp_path):
         flipped = content[position] ^ 1 << rng.randrange(8)
         damaged.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
         done = run(predict[0], damaged, input=SAMPLE)
-        if done.returncode == 0 and position in elsewhere:  # such as a timestamp
-            assert (done.stdout, done.stderr) == (expected, "")
-        else:
-            assert (done.returncode, done.stdout) == (2, "")
-            assert re.fullmatch(rf"predict: cannot use {damaged}: .+\n", done.stderr)
+        if position in in_library or done.stdout != expected:  # the same if in a timestamp
+            assert_refused(done, damaged)
 
 
 def test_control_characters_in_a_damaged_package_are_not_printed(predict, tmp_path):
@@ -262,9 +262,7 @@ def test_control_characters_in_a_damaged_package_are_not_printed(predict, tmp_pa
     start, end = content.rsplit(b"little", 1)  # what this record contains
     damaged = tmp_path / "damaged.pt2"
     damaged.write_bytes(start + b"liddle" + end)
-    message = f"cannot use {damaged}: its record byte?[31? is damaged"
-    done = run(predict[0], damaged)
-    assert (done.returncode, done.stderr) == (2, f"predict: {message}\n")
+    assert_refused(run(predict[0], damaged), damaged, r"its record byte\?\[31\? is damaged")
 
 
 def test_package_runs_on_processors_with_avx2(predict, tmp_path):
@@ -275,9 +273,8 @@ def test_package_runs_on_processors_with_avx2(predict, tmp_path):
     assert metadata["AOTI_CPU_ISA"] == "AVX2"
     assert "%zmm" not in run("objdump", "--disassemble", library).stdout, "no AVX-512"
     newer = altered(predict[1], tmp_path / "newer.pt2", AOTI_CPU_ISA="AVX512 AVX512_4VNNIW")
-    done = run(predict[0], newer)
-    message = f"cannot use {newer}: it needs a processor with AVX512 AVX512_4VNNIW"
-    assert (done.returncode, done.stderr) == (2, f"predict: {message}\n")
+    message = "it needs a processor with AVX512 AVX512_4VNNIW"
+    assert_refused(run(predict[0], newer), newer, message)
 
 
 @pytest.mark.parametrize(
@@ -286,39 +283,35 @@ def test_package_runs_on_processors_with_avx2(predict, tmp_path):
 )
 def test_temporary_folder_that_cannot_be_used(predict, tmp_path, mount, message):
     script = f"mount -t tmpfs -o {mount} none {tmp_path} && {predict[0]} {predict[1]}"
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = run("unshare", "--map-root-user", "--mount", "sh", "-c", script, env=environment)
+    unshare = ("unshare", "--map-root-user", "--mount", "sh", "-c", script)
+    done = run(*unshare, TMPDIR=str(tmp_path))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
     assert str(tmp_path) in done.stderr
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-def test_signal_while_the_package_is_loaded(predict, tmp_path, stop):
+def test_signal_while_the_package_is_loaded_leaves_no_files(predict, tmp_path):
     package = altered(predict[1], tmp_path / "large.pt2")
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as archive:  # takes long to unpack
-        archive.writestr("lesson/data/aotinductor/model/zeros", bytes(300_000_000))
+        archive.writestr("lesson/data/aotinductor/model/zeros", bytes(100_000_000))
     folder = tmp_path / "tmp"
     folder.mkdir()
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    with subprocess.Popen([predict[0], package], stdin=subprocess.PIPE, env=environment) as program:
-        while not list(folder.iterdir()):
-            assert program.poll() is None
-        program.send_signal(stop)
-        assert program.wait() == -stop
-    files = list(folder.iterdir())
-    assert [path.name[:8] for path in files] == ["predict-"] * (stop == signal.SIGKILL)
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        with start(predict[0], package, TMPDIR=str(folder)) as program:
+            wait_until(lambda: list(folder.iterdir()))
+            program.send_signal(signum)
+            assert program.wait() == -signum
+        assert list(folder.iterdir()) == []
 
 
 def test_full_disk_closed_pipe_and_endless_line(predict, tmp_path):
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
     program = f"'{predict[0]}' '{predict[1]}'"
     for script, status, message in (
         (f"echo {SAMPLE.strip()} | {program} > /dev/full", 1, "cannot write the answers: No space"),
         (f"yes {SAMPLE.strip()} | {program} | head -n 1", 0, ""),
         (f"yes | tr -d '\\n' | {program}", 1, "a line is longer than 65536 bytes"),
     ):
-        done = run("bash", "-c", script, env=environment)
+        done = run("bash", "-c", script, TMPDIR=str(tmp_path))
         assert done.returncode == status
         assert done.stderr.startswith(f"predict: {message}" if message else message)
     assert list(tmp_path.iterdir()) == [], "the unpacked package is deleted"
