@@ -1,5 +1,6 @@
 """What an adversary or bad luck does to a checkpoint: it is refused, or loads unchanged."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -78,7 +79,6 @@ def test_what_would_come_back_changed_is_not_saved(saved):
         (changed(relu=nn.Tanh()), None),
         (changed(dropout=nn.Dropout()), None),
         (changed(fc2=nn.Linear(16, 3, bias=False)), None),
-        (buffered, None),
         (extra, None),
         (frozen, None),
         (frozen, torch.optim.Adam(frozen.fc2.parameters())),
@@ -93,6 +93,8 @@ def test_what_would_come_back_changed_is_not_saved(saved):
         optimizer = optimizer or torch.optim.Adam(model.parameters())
         with pytest.raises(lesson.CheckpointError):
             lesson.save_checkpoint(path, model, optimizer, losses)
+    with pytest.raises(lesson.CheckpointError, match=r'Unexpected key\(s\) in state_dict: "mean"'):
+        lesson.save_checkpoint(path, buffered, torch.optim.Adam(buffered.parameters()), losses)
     assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
 
@@ -107,15 +109,6 @@ def test_other_dtypes_and_settings_come_back(tmp_path):
     assert repr(loaded.state_dict()) == repr(model.state_dict())
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert repr(loaded_optimizer.state_dict()) == repr(optimizer.state_dict())
-
-
-def test_refused_save_says_why(saved):
-    path, _, _, losses = saved
-    model = lesson.SimpleClassifier()
-    model.register_buffer("mean", torch.ones(3))
-    message = r'Unexpected key\(s\) in state_dict: "mean"'
-    with pytest.raises(lesson.CheckpointError, match=message):
-        lesson.save_checkpoint(path, model, torch.optim.Adam(model.parameters()), losses)
 
 
 def test_truncated_anywhere(saved):
@@ -214,17 +207,22 @@ def test_missing_device_is_not_blamed_on_the_file(saved):
 
 def test_kill_while_saving_leaves_a_whole_file(saved):
     path, model, optimizer, losses = saved
-    for _ in range(100):
+    start = time.perf_counter()
+    lesson.save_checkpoint(path, model, optimizer, losses)
+    save_time = time.perf_counter() - start
+    for _ in range(50):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            for epoch in range(10**6):
-                lesson.save_checkpoint(path, model, optimizer, [*losses, float(epoch)])
-                os.write(writer, b".")
-        os.read(reader, 1)  # the child is saving again
-        time.sleep(random.uniform(0, 0.01))  # the moment of the kill is what is random here
+            with contextlib.suppress(Exception):
+                while True:
+                    lesson.save_checkpoint(path, model, optimizer, [*losses, 0.0])
+                    os.write(writer, b".")
+            os._exit(1)
+        os.close(writer)
+        assert os.read(reader, 1) == b".", "the child cannot save"
+        time.sleep(random.uniform(0, 2 * save_time))  # a random moment of one of its next saves
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(reader)
-        os.close(writer)
-        assert len(lesson.load_checkpoint(path)[2]) > len(losses)
+        assert len(lesson.load_checkpoint(path)[2]) == len(losses) + 1
