@@ -24,7 +24,7 @@ from real_world.distributed.process_group import scale_loss_by_shard, shard_slic
 from real_world.distributed.scaling import StepCost, efficiency, ring_all_reduce_time
 from real_world.training import read_losses
 
-EPOCHS = 300
+ENDLESS = ["--epochs", 10**9, "--save-every", 10]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 EXAMPLE = ["-m", "real_world.distributed", "--device", "cpu"]
 
@@ -35,26 +35,19 @@ def torchrun(processes, *options):
         return finish(agent)
 
 
-@pytest.fixture(scope="module")
-def one_process():
-    """Return the model and the losses of training without torch.distributed."""
-    torch.set_num_threads(1)
-    digits = load_digits()
-    model = build_model(0)
-    optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
-    batches = [(digits.X_train.double(), digits.y_train)]
-    losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer, EPOCHS)
-    return model, losses
-
-
-def assert_same(path, one_process):
-    """Compare a checkpoint with training on one process."""
+def assert_same_as_one_process(path):
+    """Compare a checkpoint with as many epochs without torch.distributed."""
     model, _, losses = lesson.load_checkpoint(path)
-    expected_model, expected_losses = one_process
+    digits = load_digits()
+    expected = build_model(0).double()
+    optimizer = torch.optim.Adam(expected.parameters(), lr=0.01)
+    batches = [(digits.X_train.double(), digits.y_train)]
+    criterion = nn.CrossEntropyLoss()
+    expected_losses = lesson.train(expected, batches, criterion, optimizer, len(losses))
     assert losses == pytest.approx(expected_losses, rel=0, abs=1e-9)
-    assert read_losses(path.with_name("losses.jsonl")) == pytest.approx(losses, rel=0, abs=1e-9)
-    for weights, expected in zip(model.parameters(), expected_model.parameters(), strict=True):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=1e-9)
+    logged = read_losses(path.with_name("losses.jsonl"))[: len(losses)]
+    assert logged == pytest.approx(losses, rel=0, abs=1e-9)
 
 
 def saved_epochs(path: Path) -> int:
@@ -90,57 +83,58 @@ def test_more_processes_than_samples():
 # Data parallel
 
 
-def test_ddp_equals_one_process(tmp_path, one_process):
-    status, output = torchrun(2, "--epochs", EPOCHS, "--save-every", 250, "--output", tmp_path)
+def test_ddp_equals_one_process(tmp_path):
+    status, output = torchrun(2, "--epochs", 50, "--save-every", 40, "--output", tmp_path)
     assert status == 0, output
     assert "628 or 629, of 1257" in output
     assert output.count(" ok\n") == 2, "only rank 0 prints"
-    assert_same(tmp_path / "ddp" / "checkpoint.pt", one_process)
+    path = tmp_path / "ddp" / "checkpoint.pt"
+    assert saved_epochs(path) == 50
+    assert_same_as_one_process(path)
 
 
-def test_two_nodes_resume_after_killed_workers(tmp_path, one_process):
+def test_two_nodes_resume_after_killed_workers(tmp_path):
     path = tmp_path / "ddp" / "checkpoint.pt"
     launch = [*TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     launch += ["--rdzv-id", "test", "--local-addr", "127.0.0.1", "--rdzv-conf"]
-    options = ["--epochs", EPOCHS, "--save-every", 10, "--output", tmp_path]
+    options = [*EXAMPLE, *ENDLESS, "--output", tmp_path]
     restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (
-        start(*launch, "is_host=1", *EXAMPLE, *options, **restarts) as node0,
-        start(*launch, "is_host=0", *EXAMPLE, *options, **restarts) as node1,
+        start(*launch, "is_host=1", *options, **restarts) as node0,
+        start(*launch, "is_host=0", *options, **restarts) as node1,
     ):
+        wait_until(lambda: saved_epochs(path) > 0)
         for node in (node1, node0):
-            before = saved_epochs(path)
-            wait_until(lambda epochs=before: saved_epochs(path) > epochs)
-            os.kill(children(node)[-1], signal.SIGKILL)
-        status0, output0 = finish(node0)
-        status1, output1 = finish(node1)
-    output = output0 + output1
-    assert (status0, status1) == (0, 0), output
+            worker = children(node)[-1]
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda pid=worker: not is_running(pid))
+            before = saved_epochs(path)  # the other worker may save once more
+            wait_until(lambda epochs=before: saved_epochs(path) > epochs + 10)
+        node0.kill()
+        node1.kill()
+        output = finish(node0)[1] + finish(node1)[1]
     assert output.count("resumed from") == 2
-    assert_same(path, one_process)
+    assert_same_as_one_process(path)
 
 
-def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, one_process):
+def test_killed_agent_ends_its_workers_and_the_next_run_resumes(tmp_path, capsys):
     path = tmp_path / "ddp" / "checkpoint.pt"
     launch = ["--standalone", "--nproc-per-node", 2]
-    options = ["--epochs", EPOCHS, "--save-every", 10, "--output", tmp_path]
-    with start(*TORCHRUN, *launch, *EXAMPLE, *options) as agent:
+    with start(*TORCHRUN, *launch, *EXAMPLE, *ENDLESS, "--output", tmp_path) as agent:
         wait_until(lambda: saved_epochs(path) > 0)
         workers = children(agent)
         agent.kill()
         wait_until(lambda: not any(is_running(worker) for worker in workers))
     reached = saved_epochs(path)
-    assert 0 < reached < EPOCHS
-    status, output = torchrun(2, *options)
-    assert status == 0, output
-    assert re.search(rf"resumed from +{path}, epoch {reached}\n", output)
-    assert_same(path, one_process)
-    longer = ["--epochs", EPOCHS + 1, "--output", tmp_path]
-    status, output = torchrun(2, *longer, "--learning-rate", 0.1)
-    assert status == 1
-    error = f"error: {path.parent} was trained with learning_rate 0.01, not 0.1; delete it"
-    assert output.count(error) == 2, "of each rank"
+    options = ["--device", "cpu", "--output", str(tmp_path), "--epochs"]
+    distributed.main([*options, str(reached + 15)])
+    assert re.search(rf"resumed from +{path}, epoch {reached}\n", capsys.readouterr().out)
+    assert_same_as_one_process(path)
+    message = f"{path.parent} was trained with learning_rate 0.01, not 0.1; delete it"
+    with pytest.raises(lesson.CheckpointError, match=message):
+        distributed.main([*options, str(reached + 16), "--learning-rate", "0.1"])
+    dist.destroy_process_group()
 
 
 def test_ranks_with_different_options_are_reported(tmp_path):
@@ -165,8 +159,8 @@ def test_missing_rank_ends_the_others(tmp_path):
     ):
         status, output = finish(rank0)
         assert (status, "Traceback" in output) == (1, False)
-        assert "\nerror: rank 0 could not join the others: " in f"\n{output}"
-        assert "2/3 clients joined" in output
+        error = r"^error: rank 0 could not join the others: .*[12]/3 clients joined"
+        assert re.search(error, output, re.MULTILINE), output
         status, output = finish(rank1)
         assert (status, "Traceback" in output) == (1, False)
 
@@ -185,21 +179,21 @@ def test_missing_variable_is_named(name, missing, tmp_path, monkeypatch):
 def test_fsdp_equals_one_process_on_any_number_of_processes(tmp_path):
     """A run on 2 processes is continued on 4, with other shards, and then on 1."""
     options = ["--fsdp", "--output", tmp_path]
-    for processes, steps in ((2, 3), (4, 5)):
+    for processes, steps in ((2, 1), (4, 2)):
         status, output = torchrun(processes, *options, "--steps", steps)
         assert status == 0, output
         size = f"{6_562_816 // processes:,}"
         assert re.search(rf"each process +{', '.join([size] * processes)} +ok", output)
-    assert f"{tmp_path}/fsdp/step-3\n" in output
-    distributed.main(["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps", "6"])
+    assert f"{tmp_path}/fsdp/step-1\n" in output
+    distributed.main(["--device", "cpu", "--fsdp", "--output", str(tmp_path), "--steps", "3"])
 
     expected_model, losses = fsdp.train_on_one_process(
-        fsdp.TrainConfig(steps=6), torch.device("cpu")
+        fsdp.TrainConfig(steps=3), torch.device("cpu")
     )
     assert read_losses(tmp_path / "fsdp" / "losses.jsonl") == pytest.approx(losses, rel=0, abs=1e-9)
     model = fsdp.build_llama(seed=1, device=torch.device("cpu"))
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path / "fsdp" / "step-6", no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path / "fsdp" / "step-3", no_dist=True)
     for name, expected in expected_model.state_dict().items():
         torch.testing.assert_close(state["model"][name], expected, rtol=0, atol=1e-9)
 
@@ -243,26 +237,16 @@ def test_weights_that_fail_the_check_are_not_kept(options, tmp_path, monkeypatch
     assert files == {"train_config.json", "losses.jsonl"}
 
 
-@pytest.mark.parametrize("options", [[], ["--fsdp", "--steps", 2]])
-def test_full_disk_is_one_line_per_rank(options, tmp_path):
+def test_full_disk_is_one_line_per_rank(tmp_path):
     """A limit on the size of files, of 8 KiB, stands in for the disk."""
     launch = [*TORCHRUN, "--standalone", "--nproc-per-node", 2, *EXAMPLE, "--output", tmp_path]
-    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *launch, *options]
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *launch]
     with start(*limited) as agent:
         status, output = finish(agent)
     assert status == 1
-    lines = re.findall(r"^error: (.*File too large|cannot save ).*$", output, re.MULTILINE)
+    lines = re.findall(r"^error: .*File too large.*$", output, re.MULTILINE)
     assert 1 <= len(lines) <= 2, output  # torchrun may end a rank before its line
     assert output.count("Traceback") == 1, "torchrun's own"
-
-
-def test_wrong_network_interface_is_one_line(tmp_path, monkeypatch):
-    rendezvous = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    rendezvous |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "no-such-interface"}
-    with start(sys.executable, *EXAMPLE, "--output", tmp_path, **rendezvous) as process:
-        status, output = finish(process)
-    assert (status, "Traceback" in output) == (1, False)
-    assert "error: rank 0 could not join the others: " in output
 
 
 # Scaling
