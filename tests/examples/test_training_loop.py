@@ -1,11 +1,9 @@
 """The training_loop example: what each changed loop computes, and which lines it changes."""
 
-import contextlib
 import inspect
 import json
 import math
 import re
-import time
 from pathlib import Path
 
 import matplotlib.image
@@ -166,7 +164,7 @@ def count_all_reduce(buckets, bucket):
 
 
 def accumulate_on_rank(rank, path):
-    """Accumulate the gradients of 8 micro-batches with DDP, without and with no_sync()."""
+    """Accumulate the gradients of 8 micro-batches with DDP."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     X_double, y = X[:256].double(), Y[:256]
     X_shard, y_shard = X_double.chunk(2)[rank], y.chunk(2)[rank]
@@ -182,18 +180,10 @@ def accumulate_on_rank(rank, path):
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-12)
     assert len(buckets) == 8
 
-    buckets.clear()
-    model.zero_grad()
-    for part in range(8):
-        micro_X, micro_y = X_shard.chunk(8)[part], y_shard.chunk(8)[part]
-        with model.no_sync() if part < 7 else contextlib.nullcontext():
-            (cross_entropy(model(micro_X), micro_y) / 8).backward()
-    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-12)
-    assert len(buckets) == 1
     dist.destroy_process_group()
 
 
-def test_accumulation_under_ddp_with_one_all_reduce_per_step(tmp_path):
+def test_accumulation_under_ddp_with_an_all_reduce_per_micro_batch(tmp_path):
     torch.multiprocessing.spawn(accumulate_on_rank, args=(tmp_path / "store",), nprocs=2)
 
 
@@ -240,49 +230,16 @@ def test_early_stopping_validates_with_the_criterion():
     assert validation_losses[-1] < validation_losses[0] / 2
 
 
-@pytest.mark.parametrize(("batches", "epochs"), [([], 3), (BATCHES, 0)])
-def test_no_batches_or_no_epochs_return_no_losses(batches, epochs):
-    model, optimizer = build(0)
-    arguments = model, batches, cross_entropy, optimizer, epochs
-    assert loops.train_with_focal_loss(model, batches, optimizer, epochs) == []
-    assert loops.train_with_clipping(*arguments) == ([], [])
-    assert loops.train_mixed_precision(*arguments) == ([], [])
-    assert loops.train_multi_task(model, batches, optimizer, epochs) == ([], [])
-    assert loops.train_with_accumulation(*arguments) == []
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    assert loops.train_with_scheduler(*arguments, scheduler) == ([], [])
-    losses, validation_losses = loops.train_with_early_stopping(*arguments, X, Y)
-    assert losses == []
-    assert len(validation_losses) == epochs
-
-
 def test_profile_and_trace_have_the_operators_of_every_step(tmp_path):
     result = profile_steps(build_model(0), BATCHES[:2], 10, tmp_path / "trace.json")
     calls = {"aten::addmm": 2, "aten::_log_softmax": 1, "aten::mm": 3, "aten::sqrt": 4}
     assert {name: result.calls[name] for name in calls} == calls
-    assert 0 < sum(result.self_times.values()) < result.profiled_time
+    assert 0 < result.operator_share < 1
     times = result.self_times
     assert times["aten::linear"] < times["aten::addmm"], "without the operators that it calls"
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event["name"] for event in events]
     assert {name: names.count(name) for name in calls} == {k: 20 * v for k, v in calls.items()}
-
-
-class SleepingLinear(nn.Linear):
-    """Spends nearly all of its time outside operators."""
-
-    def forward(self, x):
-        time.sleep(0.005)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize(
-    ("model", "mostly_operators"),
-    [(SleepingLinear(64, 10), False), (lesson.SimpleClassifier(64, 10_000, 10), True)],
-)
-def test_operator_share_is_low_in_python_and_high_in_matrix_products(model, mostly_operators):
-    result = profile_steps(model, BATCHES[:1], 3)
-    assert (result.operator_share > 0.5) == mostly_operators
 
 
 def test_example(tmp_path, capsys):
