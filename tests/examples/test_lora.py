@@ -104,27 +104,6 @@ def test_target_modules_match_by_suffix(name, count):
     assert sum(isinstance(module, LoraLinear) for module in model.modules()) == count
 
 
-def test_no_target_modules_raise_value_error():
-    with pytest.raises(ValueError, match="no linear layer is named proj"):  # but q_proj
-        apply_lora(make_llama(), LoraConfig(("proj",)))
-
-
-def test_merged_model_has_the_base_models_layers(model):
-    logits = model(TOKENS)
-    merge_lora(model)
-    assert model.state_dict().keys() == make_llama().state_dict().keys()
-    torch.testing.assert_close(model(TOKENS), logits, atol=1e-5, rtol=0)
-
-
-def test_merging_does_not_change_a_weight_that_is_shared():
-    model = Llama(LLAMA_TINY)
-    apply_lora(model, LoraConfig(("lm_head",)))
-    randomize_adapter(model)
-    logits = model(TOKENS)
-    merge_lora(model)
-    torch.testing.assert_close(model(TOKENS), logits, atol=1e-5, rtol=0)
-
-
 def test_merging_does_not_change_memory_mapped_files(tmp_path):
     save_pretrained(make_llama(), tmp_path)
     saved = (tmp_path / "model.safetensors").read_bytes()
@@ -199,7 +178,7 @@ def test_peft_loads_the_adapter_of_a_unet(tmp_path):
         ({"r": "8"}, "is not the configuration of an adapter"),
         ({"target_modules": ["q_proj"]}, r"do not match the model: .*v_proj\.lora_"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"match .*o_proj\.lora_"),
-        ({"target_modules": ["query"]}, "no linear layer is named query"),
+        ({"target_modules": ["proj"]}, "no linear layer is named proj"),  # but q_proj
     ],
 )
 def test_other_adapters_raise_checkpoint_error(folder, change, message):
@@ -243,9 +222,7 @@ def test_merged_lm_head_is_saved_beside_a_tied_embedding(tmp_path):
     torch.manual_seed(0)
     model = Llama(LLAMA_TINY)
     apply_lora(model, LoraConfig(("lm_head",)))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
+    randomize_adapter(model)
     with pytest.raises(CheckpointError, match="call merge_lora"):
         save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -257,16 +234,10 @@ def test_merged_lm_head_is_saved_beside_a_tied_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_truncated_files_raise_checkpoint_error(folder, name):
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[:-20])
+@pytest.mark.parametrize("content", [lambda content: content[:-20], lambda _: b"{}"])
+def test_damaged_files_raise_checkpoint_error(folder, name, content):
+    (folder / name).write_bytes(content((folder / name).read_bytes()))
     with pytest.raises(CheckpointError, match=name):
-        load_adapter(make_llama(), folder)
-
-
-def test_other_json_raises_checkpoint_error(folder):
-    (folder / CONFIG_FILE).write_text("{}")
-    with pytest.raises(CheckpointError, match="is not the configuration of an adapter"):
         load_adapter(make_llama(), folder)
 
 
