@@ -25,7 +25,7 @@ from real_world.stable_diffusion.pipeline import (
 )
 from real_world.stable_diffusion.plot import save_images, to_text
 from real_world.stable_diffusion.scheduler import NoiseScheduler
-from real_world.stable_diffusion.train import TrainConfig, train_or_load, train_unet
+from real_world.stable_diffusion.train import TrainConfig, train_unet
 from real_world.stable_diffusion.unet import (
     NULL_CLASS,
     Attention,
@@ -291,15 +291,6 @@ def test_prompt_generates_images_with_the_saved_model(run, model, capsys):
 def test_model_with_another_config_is_neither_loaded_nor_overwritten(run):
     with pytest.raises(CheckpointError, match="was trained with vae_epochs 15, not 9; delete it"):
         main(["--vae-epochs", "9", "--output", str(run), "--device", "cpu"])
-
-
-def test_model_is_trained_and_saved_if_there_is_none(tmp_path, capsys):
-    config, device = TrainConfig(vae_epochs=5, batch_size=1000, steps=20), torch.device("cpu")
-    trained = train_or_load(config, tmp_path, device)
-    loaded = train_or_load(config, tmp_path, device)
-    assert capsys.readouterr().out.count("model loaded from") == 1
-    for parameter, expected in zip(loaded.parameters(), trained.parameters(), strict=True):
-        assert parameter.equal(expected)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 3_000_000])
