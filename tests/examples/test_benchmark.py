@@ -177,11 +177,11 @@ def test_inference(monkeypatch, tmp_path):
         times = inference.time_formats(models, rows[:64], cpp, quick=True)
     assert list(times) == ["eager", "TorchScript", "ONNX Runtime", inference.FROM_CPP]
     assert times[inference.FROM_CPP]["median"] == 3e-6
-    assert 0 < times["ONNX Runtime"]["median"] < 1
+    assert times["ONNX Runtime"]["median"] > 0
 
 
 def test_scaling_on_two_processes():
-    assert 0 < scaling.time_step(scaling.Run("lesson", 100, processes=2, threads=1)) < 10
+    assert scaling.time_step(scaling.Run("lesson", 100, processes=2, threads=1)) > 0
 
 
 def test_llama_writes_results_and_readme(tmp_path, monkeypatch, capsys):
