@@ -21,15 +21,11 @@ LESSON = [sys.executable, str(ROOT / "lesson_code.py")]
         ("--device cuda", "argument --device: 'cuda' is not available (choose from auto, cpu)"),
         ("--device gpu", "argument --device: 'gpu' is not available (choose from auto, cpu)"),
         ("--epochs 0", "--epochs must be at least 1, and --seed from 0 to 2**32 - 1"),
-        ("--epochs ten", "argument --epochs: invalid int value: 'ten'"),
-        ("--seed 1.5", "argument --seed: invalid int value: '1.5'"),
         (
             "--seed 99999999999999999999999",
             "--epochs must be at least 1, and --seed from 0 to 2**32 - 1",
         ),
         ("--section 6", "argument --section: invalid choice: 6 (choose from 1, 2, 3, 4, 5)"),
-        ("--section", "argument --section: expected at least one argument"),
-        ("--verbose", "unrecognized arguments: --verbose"),
     ],
 )
 def test_wrong_option_is_a_usage_error(options, message, monkeypatch, capsys):
@@ -139,7 +135,7 @@ def test_closed_pipe_ends_quietly():
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(30) == 0
+        assert process.wait() == 0
 
 
 def test_ctrl_c_leaves_no_partial_file(tmp_path):
