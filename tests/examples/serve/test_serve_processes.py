@@ -3,14 +3,12 @@
 import contextlib
 import json
 import os
-import pty
 import resource
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -170,21 +168,6 @@ def test_workers_end_with_the_supervisor(checkpoint, how, status):
             running.process.terminate()
         assert running.process.wait() == status
         wait_until(lambda: not any(map(is_running, running.workers)))
-
-
-def test_closed_terminal_ends_the_service(checkpoint):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [*COMMAND, "--workers", "1", "--checkpoint", str(checkpoint)])
-    with os.fdopen(terminal) as output:
-        lines = iter(output.readline, "")
-        worker = next(int(line.split()[-1]) for line in lines if "worker processes" in line)
-    try:
-        wait_until(lambda: not is_running(worker) and not is_running(pid))
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
 
 
 def test_unix_domain_socket_and_access_log(checkpoint, tmp_path):
