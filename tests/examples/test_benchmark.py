@@ -222,37 +222,6 @@ def test_render(tmp_path, monkeypatch):
 # Tables
 
 
-def test_numbers_have_three_digits():
-    formatted = [
-        harness.format_number(value) for value in (0.04821, 1.0, 9.996, 55.82, 184, 17580.6)
-    ]
-    assert formatted == ["0.0482", "1.00", "10.00", "55.8", "184", "17,581"]
-    assert harness.format_time(0.00123, "ms") == "1.23"
-    assert harness.format_time(0.00123, "µs") == "1,230"
-
-
-def test_ratios():
-    def stats(value: float) -> dict[str, float]:
-        return {"median": value}
-
-    times = zip(scaling.RUNS, (0.4, 0.25, 0.2, 0.5, 0.01, 0.02), strict=True)
-    speedups = scaling.speedups({name: stats(seconds) for name, seconds in times})
-    assert list(speedups.values()) == pytest.approx([1, 1.6, 2, 1.6, 1, 0.5])
-
-    by_size = {
-        size: {"eager": stats(2e-6), "ExecuTorch": stats(5e-6)} for size in ("1", "64", "1024")
-    }
-    table = inference.table({"lesson": by_size})
-    assert "| ExecuTorch | 5.00 | 5.00 | 5.00 | 2.50 x |" in table
-
-    loads = {"1": {}, "32": {}, "128": {}}
-    results = {
-        server: {c: {"rate": stats(rate), "p99": stats(157.4)} for c in loads}
-        for server, rate in (("serve, 2 workers", 6000), (serve.BASELINE, 1000))
-    }
-    assert "| serve, 2 workers | 6,000 | 6,000 | 6,000 | 6.00 x | 157 |" in serve.table(results)
-
-
 def test_replace_table_changes_only_its_own():
     text = "a\n<!-- table x -->\nold\n<!-- end -->\nb\n<!-- table y -->\n<!-- end -->\n"
     text = harness.replace_table(text, "x", "new")
