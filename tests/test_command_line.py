@@ -112,19 +112,18 @@ def test_import_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_terminal_without_utf8(tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PYTHONIOENCODING", "ascii"),  # a terminal without UTF-8
+        ("MPLBACKEND", "module://matplotlib_inline.backend_inline"),  # `!python` in a notebook
+    ],
+)
+def test_other_environments(variable, value, tmp_path):
+    environment = {**os.environ, variable: value}
     command = [*LESSON, "--output", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_started_from_a_notebook(tmp_path):
-    """`!python lesson_code.py` inherits the notebook's backend for figures."""
-    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [*LESSON, "--section", "5", "--output", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "lesson.png").exists()
 
 
