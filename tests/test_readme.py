@@ -1,5 +1,8 @@
 """The README is right: its tables name what exists, its edits turn red what they say."""
 
+import contextlib
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +69,18 @@ def test_messages_are_those_of_pytorch(output):
         assert re.search(f": {pattern}$", printed, re.MULTILINE), row
 
 
+def run_tests(folder: Path) -> None:
+    """Run test_lesson.py with the lesson in a folder, in a new process."""
+    os.chdir(folder)
+    del sys.modules["lesson_code"]
+    with open("printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
+        pytest.main(["-q", "--tb=no", "test_lesson.py"])
+
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["torch._dynamo", "matplotlib.figure"])  # once for all edits
+
+
 @pytest.mark.parametrize(("old", "swap", "new", "tests"), EDIT.findall(README))
 def test_edit_turns_red_what_the_readme_says(old, swap, new, tests, tmp_path):
     replacement = {old: new, new: old} if swap else {old: new}
@@ -77,10 +92,12 @@ def test_edit_turns_red_what_the_readme_says(old, swap, new, tests, tmp_path):
     assert "\n".join(edited) != LESSON.rstrip("\n")
     (tmp_path / "lesson_code.py").write_text("\n".join(edited))
     shutil.copy(ROOT / "test_lesson.py", tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "test_lesson.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    failed = re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.MULTILINE)
-    assert failed == re.findall(r"test_\w+", tests), done.stdout
+    process = forkserver.Process(target=run_tests, args=(tmp_path,))
+    process.start()
+    process.join()
+    printed = (tmp_path / "printed.txt").read_text()
+    failed = re.findall(r"^FAILED \S+::(\w+)", printed, re.MULTILINE)
+    assert failed == re.findall(r"test_\w+", tests), printed
 
 
 def test_every_edit_is_tried():
