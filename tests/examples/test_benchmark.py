@@ -51,12 +51,6 @@ def test_summary_is_the_median_and_the_range():
     assert harness.summarize([9, 1, 2.00004]) == {"median": 2, "min": 1, "max": 9}
 
 
-def test_worker_measures_on_request():
-    script = "import sys; print('ready', flush=True); [print(0.5, flush=True) for _ in sys.stdin]"
-    with harness.worker([sys.executable, "-c", script]) as measure:
-        assert [measure(), measure()] == [0.5, 0.5]
-
-
 @pytest.mark.parametrize("script", ["exit('full')", "print('', flush=True); input(); exit('full')"])
 def test_worker_that_ends_raises(script):
     with (
