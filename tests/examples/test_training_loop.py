@@ -145,15 +145,6 @@ def test_accumulation_equals_the_large_batch(micro_batch_size):
     assert losses == pytest.approx(expected, abs=1e-12)
 
 
-def test_accumulation_of_integer_features():
-    model = nn.Sequential(nn.Embedding(17, 3), nn.Flatten(), nn.Linear(3 * 64, 10))
-    X_int = (16 * X).long()
-    expected = cross_entropy(model(X_int), Y).item()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = loops.train_with_accumulation(model, [(X_int, Y)], cross_entropy, sgd, 1)
-    assert losses == pytest.approx([expected])
-
-
 def gradients(model):
     return parameters_to_vector([parameter.grad for parameter in model.parameters()])
 
