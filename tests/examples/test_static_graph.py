@@ -86,12 +86,6 @@ def test_python_runs_at_every_call_or_only_while_tracing(tables):
     assert modes["with while_loop and cond"] == ["1 of 6", "1"]
 
 
-def test_autograph_replaces_the_loop_and_the_branch(folder):
-    output = (folder / "output.txt").read_text()
-    assert "\n    ag__.while_stmt(loop_test, loop_body, " in output
-    assert "\n    ag__.if_stmt(ag__.ld(x) > 0, if_body, else_body, " in output
-
-
 def test_new_shapes_are_traced_again(tables):
     counts = [text.split()[0] for text in tables["Shapes"].values()]
     assert counts == ["no", "3", "5", "3", "3"]
