@@ -10,7 +10,7 @@ import matplotlib.image
 import peft
 import pytest
 import torch
-from readmes import REAL_WORLD, mask
+from readmes import REAL_WORLD, mask, read_lines
 from torch import nn
 
 import lesson_code as lesson
@@ -24,6 +24,7 @@ from real_world.llama.train import next_token_loss
 from real_world.lora import stable_diffusion
 from real_world.lora.__main__ import main
 from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from real_world.lora.llama import print_costs
 from real_world.lora.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
 from real_world.lora.stable_diffusion import TARGET_MODULES
 from real_world.lora.verify import check_adapter, count_parameters
@@ -241,6 +242,18 @@ def test_damaged_files_raise_checkpoint_error(folder, name, content):
         load_adapter(make_llama(), folder)
 
 
+def test_costs_of_a_training_step(capsys):
+    base_model = Llama(LLAMA_TINY)
+    model = copy.deepcopy(base_model)
+    apply_lora(model, LoraConfig(("q_proj",), r=64))  # 4 layers of (128 + 128) * 64
+    print_costs(model, base_model)
+    full, lora = (line.split() for line in capsys.readouterr().out.splitlines()[2:4])
+    # 4 bytes per parameter, and 12 more per trained one: the gradient, and Adam's two averages.
+    assert full[2:5] == ["820,352", "13", "MB"], "16 bytes * 820,352"
+    assert lora[1:4] == ["65,536", "4", "MB"], "4 bytes * 885,888 + 12 bytes * 65,536"
+    assert float(lora[4]) < float(full[5])
+
+
 def test_check_finds_a_changed_base_model(model, tmp_path):
     check_adapter(model, make_llama(), CONFIG, tmp_path, TOKENS)
     with torch.no_grad():
@@ -270,15 +283,17 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
 
     def lines(text: str) -> list[str]:
         """Return the lines without generated text, and without the results of checks."""
-        return [line.removesuffix(" ok") for line in mask(text) if not line.startswith("|")]
+        lines = [line for line in read_lines(text) if not line.startswith("|")]
+        return [mask(line).removesuffix(" ok") for line in lines]
 
     readme = (REAL_WORLD / "lora" / "README.md").read_text(encoding="utf-8")
     transcript = readme.split("```text\n")[1].split("```")[0]
-    assert lines(printed.strip()) == lines(transcript.strip())
+    assert lines(printed) == lines(transcript)
     assert matplotlib.image.imread(run / "lora.png").shape == (816, 1440, 4)
 
     llama = load_pretrained(run / "smollm2")
-    assert load_adapter(llama, run / "lora" / "llama").r == 2
+    config = load_adapter(llama, run / "lora" / "llama")
+    assert (config.r, config.lora_alpha) == (2, 4)
     unet = UNet()
     assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
 

@@ -237,6 +237,8 @@ def test_example(tmp_path, capsys):
     training_loop.main(["--device", "cpu", "--output", str(tmp_path / "new")])
     printed = capsys.readouterr().out
     assert printed.count(" ok\n") == 17
-    assert_transcript("training_loop", printed)
+    # Rounding and speed; with the largest learning rate, the accuracy of one image.
+    varying = r"differ by|within|lr up to|of the time|aten::|operators|profiler"
+    assert_transcript("training_loop", printed, varying)
     figure = matplotlib.image.imread(tmp_path / "new" / "training_loop.png")
     assert figure.shape == (840, 1440, 4)

@@ -11,7 +11,6 @@ import torch
 from processes import run, start
 from readmes import assert_transcript
 from torch._dynamo.utils import counters
-from torch.compiler._cache import CacheArtifactManager
 
 import lesson_code as lesson
 from real_world.common import CheckFailed
@@ -49,7 +48,8 @@ def model(deployed) -> lesson.SimpleClassifier:
 def test_readme(deployed):
     folder, printed = deployed
     printed = re.sub(r"  no checkpoint yet.*\n", "", printed)  # the README begins with one
-    assert_transcript("deploy", printed)
+    # Sizes and times depend on the compiler and the machine, errors on rounding.
+    assert_transcript("deploy", printed, r"bytes|max error|C\+\+ +\d|eager +\d|as fast")
     files = {path.name for path in folder.iterdir()}
     assert files == {"lesson.pt", "cpp", *(fmt.filename for fmt in FORMATS)}
 

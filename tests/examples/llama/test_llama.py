@@ -5,12 +5,14 @@ import io
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from processes import run
 from torch._dynamo.utils import counters
 
 import lesson_code as lesson
@@ -320,6 +322,14 @@ def test_recommended_sampling_is_the_default(tmp_path, monkeypatch, capsys):
     (tmp_path / "generation_config.json").write_text(json.dumps(recommended | {"top_p": 2}))
     with pytest.raises(lesson.CheckpointError, match="top_p must be"):
         llama.main(options)
+
+
+def test_threads_that_wait_are_set_before_torch_is_imported():
+    code = "import os, sys, real_world.llama; print(os.environ['GOMP_SPINCOUNT'], *sys.modules)"
+    command = ["env", "-u", "GOMP_SPINCOUNT", sys.executable, "-c", code]
+    printed = run(*command).stdout.split()
+    assert printed[0] == "1000"
+    assert "torch" not in printed
 
 
 def test_prompt_before_training(tmp_path):

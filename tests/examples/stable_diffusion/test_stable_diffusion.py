@@ -270,7 +270,9 @@ def test_run_saves_model_and_figure(run):
 
 
 def test_readme(run):
-    assert_transcript("stable_diffusion", (run / "output.txt").read_text())
+    # The training here is shorter.
+    varying = r"epochs|steps|step |time|scale|test images"
+    assert_transcript("stable_diffusion", (run / "output.txt").read_text(), varying)
 
 
 def test_prompt_generates_images_with_the_saved_model(run, model, capsys):
