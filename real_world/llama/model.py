@@ -139,9 +139,12 @@ class Attention(nn.Module):
                 total = attn_mask.shape[-1]
                 k = cache.k_cache[:, :, :total]  # (batch, kv_heads, total, head_dim)
                 v = cache.v_cache[:, :, :total]  # (batch, kv_heads, total, head_dim)
+        if length == 1:  # the heads of a group are the queries of one head: no key is read twice
+            q = q.view(batch, k.shape[1], -1, self.head_dim)  # (batch, kv_heads, group, head_dim)
         attn_out = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=attn_mask is None, enable_gqa=True
-        )  # (batch, heads, length, head_dim)
+        )  # as q
+        attn_out = attn_out.reshape(batch, -1, length, self.head_dim)
         attn_out = attn_out.transpose(1, 2).flatten(2)  # (batch, length, heads * head_dim)
         return self.o_proj(attn_out)  # (batch, length, hidden_size)
 
