@@ -51,7 +51,7 @@ ANSWER_LENGTH = 64
 LOSS = TrainConfig(context_length=512, batch_size=1)  # how the loss of SmolLM2 is evaluated
 LOSS_TOKENS = 4097
 BASELINE = "this example, float32"
-VARIANTS = {  # of this example: the dtype of the linear layers, and whether decoding is compiled
+VARIANTS = {  # of this example: as --dtype, and whether decoding is compiled
     BASELINE: ("float32", False),
     "this example, float32, compiled": ("float32", True),
     "this example, bfloat16": ("bfloat16", False),
@@ -72,7 +72,7 @@ class Logits(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return logits, (batch, length, vocab_size)."""
-        return self.model(tokens).logits
+        return self.model(tokens, use_cache=False).logits
 
 
 def time_training(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -109,14 +109,14 @@ def load_llama_cpp(prompt: list[int]) -> Generate:
         )
 
     def generate_llama_cpp(max_new_tokens: int) -> object:
-        model.reset()  # it would reuse the KV cache of the same prompt
+        model.reset()  # otherwise, it reuses the KV cache of the same prompt
         return list(itertools.islice(model.generate(prompt, temp=0.0), max_new_tokens))
 
     return generate_llama_cpp
 
 
 def generate_transformers(reference: nn.Module, prompt: torch.Tensor, static: bool) -> Generate:
-    """Return a function that continues a prompt by transformers, eager or with its static cache."""
+    """Return a function that continues a prompt by transformers, eager or, static, compiled."""
     from transformers import CompileConfig
 
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
@@ -127,7 +127,7 @@ def generate_transformers(reference: nn.Module, prompt: torch.Tensor, static: bo
             config._compile_all_devices = True
             options["compile_config"] = config
     generate_tokens: Any = reference.generate
-    return lambda count: generate_tokens(prompt, max_new_tokens=count, **options)
+    return lambda count: generate_tokens(prompt, max_new_tokens=count, **options).tolist()
 
 
 def time_first_and_next(generate_tokens: Generate, count: int) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""Llama on a GPU: how much of the memory bandwidth generation uses, and training of the arithmetic.
+"""Llama on a GPU: generation beside the memory bandwidth, training beside a matrix product.
 
 The shapes are those of Llama 3.2 1B and Llama 3.1 8B, the weights random, in bfloat16.
 """
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +61,7 @@ STEPS = 5
 
 
 def build(config: LlamaConfig, device: torch.device) -> Llama:
-    """Return a Llama with random weights in bfloat16, which never ends a text."""
+    """Return a Llama with random weights in bfloat16, without end-of-sequence tokens."""
     with device:
         model = Llama(replace(config, eos_token_ids=()))
     return model.to(device, torch.bfloat16)
@@ -90,7 +91,9 @@ def generation_candidates(
         "this example": functools.partial(generate_here, False),
         "this example, compiled": functools.partial(generate_here, True),
         "transformers": generate_transformers(reference, prompt, static=False),
-        "transformers, static cache": generate_transformers(reference, prompt, static=True),
+        "transformers, static cache, compiled": generate_transformers(
+            reference, prompt, static=True
+        ),
     }
 
 
@@ -119,12 +122,29 @@ def training_candidates(
     }
 
 
+def measure_size(
+    config: LlamaConfig, device: torch.device, quick: bool
+) -> dict[str, dict[str, Stats]]:
+    """Measure generation with one configuration; free its models, and the CUDA graphs."""
+    model = build(config, device)
+    with device:
+        reference = to_transformers(model)
+    prompt = torch.randint(config.vocab_size, (1, PROMPT_LENGTH), device=device)
+    candidates = generation_candidates(model, reference, prompt)
+    speeds = measure_generation(candidates, ANSWER_LENGTH, quick)
+    del model, reference, candidates
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return speeds
+
+
 def measure(quick: bool) -> dict[str, Any]:
     """Measure generation at both sizes, training at the smaller, and what the GPU can do."""
     if not torch.cuda.is_available():
         sys.exit("error: the entry llama_cuda needs an NVIDIA GPU, and a PyTorch with CUDA")
     device, rounds = torch.device("cuda"), 1 if quick else 7
-    x = torch.ones(2**29, dtype=torch.bfloat16, device=device)  # 1 GB
+    x = torch.ones(2**29, dtype=torch.bfloat16, device=device)  # 1 GiB
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     peaks = {
         "bandwidth": functools.partial(copy_bandwidth, x, torch.empty_like(x)),
@@ -134,16 +154,9 @@ def measure(quick: bool) -> dict[str, Any]:
         peak()  # warm up
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     results["peaks"] = interleave_stats(peaks, rounds, "llama_cuda, peaks")
-    del x, matrix, peaks
-    results["generation"] = {}
-    for size, config in GENERATED.items():
-        model = build(config, device)
-        with device:
-            reference = to_transformers(model)
-        prompt = torch.randint(config.vocab_size, (1, PROMPT_LENGTH), device=device)
-        candidates = generation_candidates(model, reference, prompt)
-        results["generation"][size] = measure_generation(candidates, ANSWER_LENGTH, quick)
-        del model, reference
+    results["generation"] = {
+        size: measure_size(config, device, quick) for size, config in GENERATED.items()
+    }
     model = build(TRAINED, device)
     with device:
         reference = to_transformers(model)
@@ -168,12 +181,17 @@ def table(results: dict[str, Any]) -> str:
             used = weights * speed / results["peaks"]["bandwidth"]["median"]
             first = format_time(stats["first"]["median"], "ms")
             rows.append([f"{size}, {name}", first, format_number(speed), f"{used:.0%}"])
-    header = [results["gpu"], "first token (ms)", "tokens per second", "of the copy bandwidth"]
+    header = [
+        results["gpu"],
+        "first token (ms)",
+        "tokens per second",
+        "share of the copy bandwidth",
+    ]
     generation = markdown_table(header, rows)
     flops = 3 * flops_per_token(TRAINED, TRAINING_SHAPE[1])
     rows = []
     for name, stats in results["training"].items():
         used = flops * stats["median"] / results["peaks"]["matmul"]["median"]
         rows.append([name, format_number(stats["median"]), f"{used:.0%}"])
-    header = ["training 1B", "tokens per second", "of a matrix product"]
+    header = ["training 1B", "tokens per second", "share of a matrix product"]
     return f"{generation}\n\n{markdown_table(header, rows)}"

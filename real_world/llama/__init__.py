@@ -2,7 +2,6 @@
 
 import os
 
-# Before PyTorch is imported. OpenMP's threads wait for each other in a loop, and if another process
-# has taken a core, for long: on one of two cores, each token takes three times as long. They sleep
-# after 1,000 rounds instead: twice as fast then, and 3% slower on an idle machine.
+# Before PyTorch is imported: OpenMP's threads wait for each other in a loop, and if another process
+# has taken a core, for long. Now they sleep after 1,000 rounds. Its README has the speeds.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     about = "Llama 3 in miniature: parity, training, generation, costs."
     parser = make_parser("llama", about, SAMPLING, TrainConfig())  # their fields are options
     add = parser.add_argument
-    text = "only answer or continue this text, with a trained model (can be repeated: one batch)"
+    text = "answer or continue this text with a trained model (can be repeated: one batch)"
     add("--prompt", metavar="TEXT", type=prompt_text, action="append", help=text)
     source = parser.add_mutually_exclusive_group()
     weights = "a model in Hugging Face's format (default: the one that this example trained)"
@@ -82,8 +82,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no-chat", action="store_true", help="continue the prompt, without a chat template")
     stop = "end before this text (can be repeated)"
     add("--stop", metavar="TEXT", type=prompt_text, action="append", default=[], help=stop)
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as in the files)")
-    add("--compile", action="store_true", help="compile the decoding (the first time: a minute)")
+    dtype = "of the weights (default: as in the files); int8 is for --compile"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the decoding (the first time: up to a minute)",
+    )
     max_tokens = bounded_int(1, 2**17)
     add("--max-new-tokens", metavar="N", type=max_tokens, default=240, help="default: 240")
     args = parser.parse_args(argv)
@@ -138,7 +143,9 @@ def continue_prompts(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     for stop in args.stop:
         if not tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
-            raise CheckFailed(f"--stop {stop!r} is a special token, which is not part of the text")
+            raise CheckFailed(
+                f"--stop {stop!r} is a special token, which never appears in the text"
+            )
     starts, prompts = [], []  # what is printed before each text, and the tokens that it continues
     for prompt in args.prompt:
         chat = None

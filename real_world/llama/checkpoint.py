@@ -136,7 +136,10 @@ def read_sampling(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     content = read_json(path) if path.exists() else {}
     names = ("temperature", "top_k", "top_p", "min_p") if content.get("do_sample") else ()
-    return {name: content[name] for name in names if content.get(name) is not None}
+    values = {name: content[name] for name in names if content.get(name) is not None}
+    if values.get("top_k") == 0:
+        del values["top_k"]  # off
+    return values
 
 
 def load_weights(

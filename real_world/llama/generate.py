@@ -4,6 +4,7 @@ import math
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -13,11 +14,11 @@ from real_world.llama.model import KVCache, Llama
 from real_world.llama.sampling import GREEDY, SamplingParams, sample
 from real_world.llama.tokenizer import Tokenizer
 
-COMPILED_LENGTH = 256  # max_length of a compiled step is a multiple of it
+CACHE_MULTIPLE = 256  # the room in the caches of a compiled step is a multiple of it
 
 
 def make_caches(model: Llama, batch_size: int, max_length: int) -> list[KVCache]:
-    """Return an empty KV cache for each layer. Raises CheckFailed if the memory is too small."""
+    """Return an empty KV cache for each layer. Raises CheckFailed if it cannot be allocated."""
     weight = model.model.embed_tokens.weight
     try:
         return [KVCache(model.config, batch_size, max_length, weight) for _ in model.model.layers]
@@ -57,9 +58,12 @@ def decode_one_token(
 
 
 def compile_decoding(device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return decode_one_token(), compiled; on a GPU it is a CUDA graph, one launch per token."""
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
+    """Return decode_one_token(), compiled; on a GPU, the model's step is one CUDA graph."""
+    # The tuning fuses the conversion of int8 weights into the product of a single token.
+    options: Any = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    if device.type != "cuda":
+        options = None
+    return torch.compile(decode_one_token, fullgraph=True, dynamic=False, options=options)
 
 
 @torch.no_grad()
@@ -74,11 +78,11 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Yield the tokens that continue prompts, one after another, each (batch,) int64.
 
-    After its first end-of-sequence token, a row has only such tokens. When all rows have ended,
-    generation stops.
+    After its first end-of-sequence token, a row is filled with such tokens. When all rows have
+    ended, generation stops.
 
-    Raises CheckpointError if the logits are not finite, CheckFailed if a KV cache is too large,
-    ValueError if prompts are padded on the right.
+    The first token raises CheckpointError if the logits are not finite, CheckFailed if a KV cache
+    is too large, ValueError if prompts are padded on the right.
 
     Args:
         model: a Llama.
@@ -87,7 +91,8 @@ def generate(
         params: how the next token is sampled.
         use_cache: if False, all tokens are processed again for every new one. Slow, for comparison.
         attention_mask: (batch, length) bool, False for padding. None: no padding.
-        compile: compile the decoding of a token. Takes up to a minute before the second token.
+        compile: compile the decoding of a token: up to a minute before the second token, the first
+            time. The prompt is not compiled, since its length varies.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
@@ -96,15 +101,15 @@ def generate(
     batch_size, length = prompt.shape
     limit = model.config.max_position_embeddings
     if length + max_new_tokens > limit:
-        tokens_of = f"{length} tokens of the prompt and {max_new_tokens} new ones"
-        warnings.warn(f"{tokens_of} exceed max_position_embeddings, {limit}", stacklevel=3)
+        message = f"{length} tokens of the prompt and {max_new_tokens} new ones"
+        warnings.warn(f"{message} exceed max_position_embeddings, {limit}", stacklevel=3)
     device = prompt.device
     rng = torch.Generator(device).manual_seed(params.seed)
     eos = torch.tensor(model.config.eos_token_ids, device=device)
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
-    max_length = length + max_new_tokens
-    if compile:  # one compiled step for all prompts of similar lengths
-        max_length = math.ceil(max_length / COMPILED_LENGTH) * COMPILED_LENGTH
+    max_length = length + max(max_new_tokens - 1, 0)  # the last token is not stored
+    if compile:  # so that prompts of other lengths can use the same step
+        max_length = math.ceil(max_length / CACHE_MULTIPLE) * CACHE_MULTIPLE
     caches = make_caches(model, batch_size, max_length) if use_cache else None
     mask = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)
     if attention_mask is not None:
@@ -112,7 +117,8 @@ def generate(
     decode = decode_one_token
     if compile and caches:
         decode = compile_decoding(device)
-        # Its steps read what is not written yet. The mask gives it weight 0, but 0 * NaN is NaN.
+        # A compiled step reads the whole cache. The mask gives what is not written yet the weight
+        # 0, but 0 * NaN is NaN.
         for cache in caches:
             cache.reset()
     position = torch.tensor([length], device=device)  # of the token to decode
@@ -121,7 +127,9 @@ def generate(
         if total == length:
             logits = prefill(model, prompt, caches, attention_mask)
             if not logits.isfinite().all():
-                raise CheckpointError("the logits are not finite: the weights are damaged")
+                raise CheckpointError(
+                    "the logits are not finite: damaged weights, or their dtype is too small"
+                )
         elif caches is None:
             tokens = torch.cat((tokens, next_token[:, None]), dim=1)  # (batch, total)
             logits = prefill(

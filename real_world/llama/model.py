@@ -18,7 +18,7 @@ from real_world.llama.config import LinearRopeScaling, LlamaConfig
 def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
     """Return the angle by which each pair of features rotates per position, (head_dim / 2,).
 
-    Linear scaling divides all by `factor`. With Llama 3.1's, low frequencies are divided by
+    Linear scaling divides all by `factor`. With Llama 3.1's scaling, low frequencies are divided by
     `factor`, high ones are unchanged, and those between are interpolated.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
@@ -37,8 +37,10 @@ def rope_inv_freq(config: LlamaConfig, device: torch.device) -> torch.Tensor:
 def rope_cos_sin(
     inv_freq: torch.Tensor, positions: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of positions, (length,), both (length, head_dim), in `like`'s dtype."""
-    # In bfloat16, the angles of distant positions would be wrong: convert only the results.
+    """Return cos and sin of the angles at positions, (length,), both (length, head_dim).
+
+    They have the dtype of `like`, and are converted last: bfloat16 has no large positions.
+    """
     angles = torch.outer(positions.float(), inv_freq)  # (length, head_dim / 2)
     angles = angles.repeat(1, 2)  # (length, head_dim): the same for both features of a pair
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
@@ -54,10 +56,10 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
 
 def make_attn_mask(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return which keys each new token attends to, (batch, 1, length, total) bool.
+    """Return a mask, True where a token attends to a key: (batch, 1, length, total) bool.
 
     Positions need no correction for padding on the left: with RoPE, attention depends on the
-    distance of two tokens only. Padding itself attends to nothing: its output is zero.
+    distance of two tokens only. Padding attends to itself: a softmax over nothing would be NaN.
 
     Args:
         attention_mask: (batch, total) bool, False for padding.
@@ -65,7 +67,8 @@ def make_attn_mask(attention_mask: torch.Tensor, positions: torch.Tensor) -> tor
     """
     keys = torch.arange(attention_mask.shape[1], device=positions.device)  # (total,)
     causal = keys <= positions[:, None]  # (length, total)
-    return causal & attention_mask[:, None, None, :]  # (batch, 1, length, total)
+    own = keys == positions[:, None]  # (length, total)
+    return causal & attention_mask[:, None, None, :] | own  # (batch, 1, length, total)
 
 
 class KVCache(nn.Module):
@@ -83,7 +86,7 @@ class KVCache(nn.Module):
     ) -> None:
         super().__init__()
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        # Not zeros: memory is used when tokens are written.
+        # Uninitialized: the system assigns memory only when tokens are written.
         self.register_buffer("k_cache", like.new_empty(shape))
         self.register_buffer("v_cache", like.new_empty(shape))
 
@@ -93,7 +96,7 @@ class KVCache(nn.Module):
         self.v_cache.index_copy_(2, positions, v)
 
     def reset(self) -> None:
-        """Set all keys and values to zero."""
+        """Set all keys and values to zero, so that those that are not written yet are finite."""
         self.k_cache.zero_()
         self.v_cache.zero_()
 
@@ -135,16 +138,17 @@ class Attention(nn.Module):
         k = apply_rotary_emb(k, cos, sin)
         if cache is not None:
             cache.update(positions, k, v)
-            if attn_mask is not None:  # without a mask, these are the first tokens
+            if attn_mask is not None:  # otherwise, there are no earlier tokens
                 total = attn_mask.shape[-1]
                 k = cache.k_cache[:, :, :total]  # (batch, kv_heads, total, head_dim)
                 v = cache.v_cache[:, :, :total]  # (batch, kv_heads, total, head_dim)
-        if length == 1:  # the heads of a group are the queries of one head: no key is read twice
+        if length == 1:  # the heads of a group become queries of one head: each key is read once
             q = q.view(batch, k.shape[1], -1, self.head_dim)  # (batch, kv_heads, group, head_dim)
+        is_causal = attn_mask is None and length > 1
         attn_out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=attn_mask is None, enable_gqa=True
+            q, k, v, attn_mask, is_causal=is_causal, enable_gqa=length > 1
         )  # as q
-        attn_out = attn_out.reshape(batch, -1, length, self.head_dim)
+        attn_out = attn_out.reshape(batch, -1, length, self.head_dim)  # (batch, heads, length, ...)
         attn_out = attn_out.transpose(1, 2).flatten(2)  # (batch, length, heads * head_dim)
         return self.o_proj(attn_out)  # (batch, length, hidden_size)
 
@@ -220,6 +224,8 @@ class Decoder(nn.Module):
         """Return the normalized output of the last layer, (batch, length, hidden_size)."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)  # (length,)
+        else:
+            assert attention_mask is not None, "it says how many tokens of the caches there are"
         x = self.embed_tokens(tokens)  # (batch, length, hidden_size)
         cos, sin = rope_cos_sin(self.inv_freq, positions, like=x)
         attn_mask = None if attention_mask is None else make_attn_mask(attention_mask, positions)
@@ -258,10 +264,10 @@ class Llama(nn.Module):
         Args:
             tokens: (batch, length) int64.
             positions: (length,) int64 of the tokens. None: they are the first ones.
-            caches: a KVCache per layer, which holds the tokens before `positions`, and then these.
-                None: all tokens are in `tokens`.
-            attention_mask: (batch, total) bool, False for padding. With positions, the tokens
-                attend to the first `total` of the caches. None: no padding, and no earlier tokens.
+            caches: a KVCache per layer, with the tokens before `positions`; these are added. None:
+                `tokens` is the whole sequence.
+            attention_mask: (batch, total) bool, False for padding. Required with positions: tokens
+                attend to the first `total` of the caches, up to their own. None: no padding.
 
         Returns:
             Logits, (batch, length, vocab_size).

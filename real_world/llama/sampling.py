@@ -17,8 +17,10 @@ class SamplingParams:
 
     temperature: float = option(0.0, "0: greedy; below 1: more likely tokens are preferred")
     top_k: int | None = option(None, "sample from the N most likely tokens only")
-    top_p: float = option(1.0, "sample from the fewest tokens with this probability together")
-    min_p: float = option(0.0, "sample from tokens with this part of the largest probability")
+    top_p: float = option(
+        1.0, "sample from the fewest tokens whose probabilities sum to at least this"
+    )
+    min_p: float = option(0.0, "leave out tokens less likely than this fraction of the likeliest")
     seed: int = option(0, "of the sampling", minimum=0)
 
     def __post_init__(self) -> None:
@@ -37,7 +39,9 @@ GREEDY = SamplingParams()
 
 
 def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Return logits, (batch, vocab_size), with -inf for tokens that must not be sampled.
+    """Return float32 logits, divided by the temperature, with -inf where nothing is sampled.
+
+    Both are (batch, vocab_size).
 
     Top-p (nucleus) sampling: A. Holtzman et al., "The Curious Case of Neural Text Degeneration",
     2020. Min-p: M. Nguyen et al., "Turning Up the Heat", 2024.
@@ -49,7 +53,7 @@ def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.top_p < 1:
         sorted_logits, order = logits.sort(descending=True)
         p = sorted_logits.softmax(dim=-1)
-        # More likely tokens have top_p already. Not cumsum - p: it rounds.
+        # Remove a token if those before it sum to top_p. Not by cumsum - p, which rounds.
         remove = p.cumsum(dim=-1).roll(1, dims=-1) >= params.top_p
         remove[:, 0] = False
         logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)

@@ -63,5 +63,5 @@ def evaluate(model: Llama, text: torch.Tensor, config: TrainConfig) -> float:
     total = torch.zeros((), device=X.device)
     batches = zip(X.split(config.batch_size), y.split(config.batch_size), strict=True)
     for batch_X, batch_y in batches:
-        total += len(batch_X) * next_token_loss(model(batch_X), batch_y)
+        total += len(batch_X) * next_token_loss(model(batch_X).float(), batch_y)
     return (total / len(X)).item()
