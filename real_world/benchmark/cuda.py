@@ -13,11 +13,10 @@ import lesson_code as lesson
 from real_world.benchmark import step
 from real_world.benchmark.frameworks import LR, Size, Train
 from real_world.benchmark.harness import (
-    format_ratio,
-    format_time,
     interleave_stats,
     markdown_table,
     time_call,
+    time_rows,
 )
 
 QUOTE = "every operation on it executes on the GPU transparently"
@@ -119,12 +118,7 @@ def table(results: dict[str, Any]) -> str:
     steps = results["steps"]
     header = [results["gpu"], *(f"{name} ({UNITS[name]})" for name in steps)]
     header.append("large, relative to train()")
-    rows = []
-    for variant in VARIANTS:
-        medians = {name: steps[name][variant]["median"] for name in steps}
-        cells = [format_time(median, UNITS[name]) for name, median in medians.items()]
-        ratio = format_ratio(medians["large"], steps["large"][step.BASELINE]["median"])
-        rows.append([variant, *cells, ratio])
+    rows = time_rows(steps, UNITS, at="large", baseline=step.BASELINE)
     return markdown_table(header, rows)
 
 
