@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import matplotlib.image
 import peft
@@ -18,16 +19,19 @@ from lesson_code import CheckpointError
 from real_world.common import CheckFailed
 from real_world.llama.checkpoint import load_pretrained, save_pretrained
 from real_world.llama.config import LLAMA_TINY
+from real_world.llama.costs import flops_per_token
 from real_world.llama.model import Llama
 from real_world.llama.parity import CONFIGS, to_transformers
 from real_world.llama.train import next_token_loss
-from real_world.lora import stable_diffusion
+from real_world.lora import llama, stable_diffusion, verify
 from real_world.lora.__main__ import main
 from real_world.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from real_world.lora.config import LLAMA, STABLE_DIFFUSION, FinetuneConfig
 from real_world.lora.llama import print_costs
 from real_world.lora.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
-from real_world.lora.stable_diffusion import TARGET_MODULES
-from real_world.lora.verify import check_adapter, count_parameters
+from real_world.lora.stable_diffusion import TARGET_MODULES, finetune_stable_diffusion
+from real_world.lora.verify import add_adapter, check_adapter, count_parameters
+from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.pipeline import LatentDiffusion, save_model
 from real_world.stable_diffusion.unet import UNet, UNetInput
 
@@ -243,15 +247,20 @@ def test_damaged_files_raise_checkpoint_error(folder, name, content):
 
 
 def test_costs_of_a_training_step(capsys):
-    base_model = Llama(LLAMA_TINY)
+    config = dataclasses.replace(
+        LLAMA_TINY, vocab_size=30_000, hidden_size=512, num_attention_heads=16
+    )
+    base_model = Llama(config)
     model = copy.deepcopy(base_model)
-    apply_lora(model, LoraConfig(("q_proj",), r=64))  # 4 layers of (128 + 128) * 64
+    apply_lora(model, LoraConfig(("q_proj",), r=64))  # 4 layers of (512 + 512) * 64
     print_costs(model, base_model)
     full, lora = (line.split() for line in capsys.readouterr().out.splitlines()[2:4])
     # 4 bytes per parameter, and 12 more per trained one: the gradient, and Adam's two averages.
-    assert full[2:5] == ["820,352", "13", "MB"], "16 bytes * 820,352"
-    assert lora[1:4] == ["65,536", "4", "MB"], "4 bytes * 885,888 + 12 bytes * 65,536"
-    assert float(lora[4]) < float(full[5])
+    assert full[2:5] == ["20,083,200", "321", "MB"], "16 bytes * 20,083,200"
+    assert lora[1:4] == ["262,144", "85", "MB"], "4 bytes * 20,345,344 + 12 bytes * 262,144"
+    gflops = 3 * flops_per_token(config, 128) / 1e9  # a forward pass, and twice that backward
+    assert full[5] == f"{gflops:.2f}" == "0.12"
+    assert lora[4] == "0.08", "without the gradients of the frozen weights: two thirds"
 
 
 def test_check_finds_a_changed_base_model(model, tmp_path):
@@ -260,6 +269,35 @@ def test_check_finds_a_changed_base_model(model, tmp_path):
         model.model.norm.weight[0] += 1
     with pytest.raises(CheckFailed, match="weights of the base model"):
         check_adapter(model, make_llama(), CONFIG, tmp_path, TOKENS)
+
+
+def with_other_weights(model: nn.Module, config: LoraConfig) -> None:
+    apply_lora(model, config)
+    randomize_adapter(model)
+
+
+def save_with_other_alpha(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
+    return save_adapter(model, dataclasses.replace(config, lora_alpha=7), folder)
+
+
+def finetune(model: Llama, folder: Path) -> None:
+    config = add_adapter(model, CONFIG.target_modules, FinetuneConfig(rank=4), TOKENS)
+    randomize_adapter(model)
+    check_adapter(model, make_llama(), config, folder, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("check", "module", "name", "broken"),
+    [
+        ("output before training", verify, "apply_lora", with_other_weights),
+        ("loaded adapter", verify, "save_adapter", save_with_other_alpha),
+        ("merged adapter", LoraLinear, "merge", lambda layer: layer.base_layer),
+    ],
+)
+def test_broken_part_fails_its_check(check, module, name, broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(CheckFailed, match=f"check failed: {check} "):
+        finetune(make_llama(), tmp_path)
 
 
 # Command line
@@ -280,6 +318,8 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
     main(["--steps", "20", "--rank", "2", "--output", str(run), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert re.search(r"trainable, with rank 2 +\d", printed)
+    per_token, per_byte = re.findall(r"-> ([\d.]+) nats per (?:token|byte)", printed)
+    assert float(per_byte) == pytest.approx(float(per_token), rel=0.001), "a token is a byte here"
 
     def lines(text: str) -> list[str]:
         """Return the lines without generated text, and without the results of checks."""
@@ -291,11 +331,68 @@ def test_run_prints_the_transcript_and_saves_adapters(run, capsys, monkeypatch):
     assert lines(printed) == lines(transcript)
     assert matplotlib.image.imread(run / "lora.png").shape == (816, 1440, 4)
 
-    llama = load_pretrained(run / "smollm2")
-    config = load_adapter(llama, run / "lora" / "llama")
+    config = load_adapter(load_pretrained(run / "smollm2"), run / "lora" / "llama")
     assert (config.r, config.lora_alpha) == (2, 4)
     unet = UNet()
     assert load_adapter(unet, run / "lora" / "stable_diffusion").target_modules == TARGET_MODULES
+
+
+def test_training_without_effect_fails_the_check_of_the_llama(run, monkeypatch):
+    monkeypatch.setattr(llama, "train_llama", lambda *_: [1.0])
+    with pytest.raises(CheckFailed, match="validation loss"):
+        llama.finetune_llama(LLAMA, run, torch.device("cpu"))
+
+
+@pytest.fixture
+def finetune_digits(run, monkeypatch):
+    """Return a function that runs the example with given images, before and after training.
+
+    The latents are averages of 2 x 2 pixels.
+    """
+    encode, decode = nn.functional.avg_pool2d, nn.Upsample(scale_factor=2)
+    monkeypatch.setattr(LatentDiffusion, "encode", lambda _, X: encode(X, 2).expand(-1, 2, 4, 4))
+    monkeypatch.setattr(LatentDiffusion, "decode", lambda _, latents: decode(latents[:, :1]))
+    monkeypatch.setattr(stable_diffusion, "train_unet", lambda *_: [1.0])
+
+    def finetune(*images: torch.Tensor) -> None:
+        generated = iter(images)
+        monkeypatch.setattr(LatentDiffusion, "generate", lambda *_, **__: next(generated))
+        finetune_stable_diffusion(STABLE_DIFFUSION, run, torch.device("cpu"))
+
+    return finetune
+
+
+def real_and_mirrored() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 50 images per digit, and the same ones with the sevens mirrored."""
+    data = load_images()
+    images = torch.cat([data.X_train[data.y_train == digit][:50] for digit in range(10)])
+    mirrored = images.clone()
+    mirrored[350:400] = images[350:400].flip(-1)
+    return images, mirrored
+
+
+def test_figures_of_the_diffusion_model(finetune_digits, capsys):
+    real, generated = real_and_mirrored()
+    generated[350] = real[350]  # one of 50
+    generated[:9] = real[50:59]  # nine of 450
+    finetune_digits(real, generated)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "trainable, with rank 8 34,816, 4.20%" in printed, "of 828,738"
+    assert "prompt 7 0% -> 98% mirrored ok" in printed
+    assert "other prompts 100.0% -> 98.0% as prompted ok" in printed
+    assert "the model has 3,315 kB" in printed, "4 * 828,738 bytes"
+
+
+def test_wrong_digits_fail_their_check(finetune_digits):
+    real, mirrored = real_and_mirrored()
+    sevens = mirrored[350:400].repeat(10, 1, 1, 1)
+    for before, after, check in (
+        (real, real, "prompt 7"),
+        (mirrored, mirrored, "prompt 7"),
+        (real, sevens, "the other prompts"),
+    ):
+        with pytest.raises(CheckFailed, match=f"check failed: {check} "):
+            finetune_digits(before, after)
 
 
 def test_readme_shows_the_layer():
