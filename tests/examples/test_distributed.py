@@ -1,5 +1,6 @@
 """The distributed example, with real processes: several, killed, and on two nodes."""
 
+import math
 import os
 import re
 import signal
@@ -19,9 +20,11 @@ from real_world.common import CheckFailed
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.distributed import __main__ as distributed
-from real_world.distributed import fsdp
-from real_world.distributed.process_group import scale_loss_by_shard, shard_slice
+from real_world.distributed import ddp, fsdp
+from real_world.distributed.fsdp import shard_llama
+from real_world.distributed.process_group import Criterion, scale_loss_by_shard, shard_slice
 from real_world.distributed.scaling import StepCost, efficiency, ring_all_reduce_time
+from real_world.llama.model import Llama
 from real_world.training import read_losses
 
 ENDLESS = ["--epochs", 10**9, "--save-every", 10]
@@ -87,6 +90,7 @@ def test_ddp_equals_one_process(tmp_path):
     status, output = torchrun(2, "--epochs", 50, "--save-every", 40, "--output", tmp_path)
     assert status == 0, output
     assert "628 or 629, of 1257" in output
+    assert "0.9992 or 1.0008\n" in output, "2 * 628 / 1257 and 2 * 629 / 1257"
     assert output.count(" ok\n") == 2, "only rank 0 prints"
     path = tmp_path / "ddp" / "checkpoint.pt"
     assert saved_epochs(path) == 50
@@ -227,14 +231,42 @@ def test_failed_save_is_incomplete_and_damaged_shards_get_one_line(tmp_path):
     assert fsdp.latest_step(folder.parent, before=3) == 0
 
 
-@pytest.mark.parametrize("options", [["--epochs", 2], ["--fsdp", "--steps", 2]])
-def test_weights_that_fail_the_check_are_not_kept(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TOLERANCE", -1)
+def double_loss(criterion: Criterion, *sizes: int) -> Criterion:
+    return lambda outputs, y: 2 * criterion(outputs, y)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"), [(ddp, ["--epochs", "2"]), (fsdp, ["--fsdp", "--steps", "2"])]
+)
+def test_weights_that_fail_the_check_are_not_kept(module, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "scale_loss_by_shard", double_loss)
     with pytest.raises(CheckFailed, match="losses, against one process"):
-        distributed.main(["--device", "cpu", "--output", str(tmp_path), *map(str, options)])
+        distributed.main(["--device", "cpu", "--output", str(tmp_path), *options])
     dist.destroy_process_group()
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"train_config.json", "losses.jsonl"}
+
+
+@pytest.mark.parametrize("error", [2e-9, -2e-9, math.nan])
+def test_check_finds_one_different_loss_or_weight(error):
+    weights = {"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.zeros(3)}
+    other = {"weight": weights["weight"], "bias": torch.tensor([0, error, 0])}
+    distributed.check_equal([1.0, 1.0], [1.0, 1.0 + 5e-10], weights, weights)
+    with pytest.raises(CheckFailed, match="losses, against one process"):
+        distributed.check_equal([1.0, 1.0], [1.0, 1.0 + error], weights, weights)
+    with pytest.raises(CheckFailed, match="weights, against one process"):
+        distributed.check_equal([1.0], [1.0], other, weights)
+
+
+def test_missing_shard_fails_its_check(tmp_path, monkeypatch):
+    def shard_without_a_layer(model: Llama, device: torch.device) -> None:
+        shard_llama(model, device)
+        model.model.layers.pop(-1)
+
+    monkeypatch.setattr(fsdp, "shard_llama", shard_without_a_layer)
+    with pytest.raises(CheckFailed, match="shard of each process"):
+        distributed.main(["--device", "cpu", "--fsdp", "--output", str(tmp_path)])
+    dist.destroy_process_group()
 
 
 def test_full_disk_is_one_line_per_rank(tmp_path):
@@ -268,6 +300,14 @@ def test_efficiency():
 def test_scaling_estimate_and_figure(tmp_path, capsys):
     distributed.main(["--scaling", "--device", "cpu", "--output", str(tmp_path)])
     output = capsys.readouterr().out
-    assert "38,440 bytes of gradients" in output
-    assert re.search(r"^ +10,000 +100\.\d\d ms", output, re.MULTILINE), "19,998 messages of 5 us"
+    assert "at most 5 billion parameters" in output
+    assert "17.5 GB each" in output
+    steps = re.findall(r"([\d.]+) ms per step, ([\d,]+) bytes", output)
+    assert [size for _, size in steps] == ["38,440", "3,281,408"], "4 * 9,610 and 4 * 820,352"
+    row = re.search(r"^ +64 +([\d.]+) ms +(\d+)% +([\d.]+) ms +(\d+)%$", output, re.MULTILINE)
+    # 126 messages of 5 us, and 126 / 64 of the gradients at 12.5 GB/s
+    assert (row[1], row[3]) == ("0.64", "1.15")
+    for (step_time, _), ring, percent in zip(steps, (0.636, 1.147), (row[2], row[4]), strict=True):
+        computing = 100 * float(step_time) / (float(step_time) + ring)
+        assert float(percent) == pytest.approx(computing, abs=1)
     assert matplotlib.image.imread(tmp_path / "distributed.png").shape == (480, 1200, 4)
