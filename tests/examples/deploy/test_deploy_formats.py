@@ -1,10 +1,12 @@
 """The four formats, builds that fail, and runs that are interrupted."""
 
+import io
 import re
 import signal
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from torch._dynamo.utils import counters
 
 import lesson_code as lesson
 from real_world.common import CheckFailed
-from real_world.deploy.cpp import run_build
+from real_world.deploy import cpp
+from real_world.deploy.cpp import check_cpp, measure_cpp, predict_in_python, run_build, to_csv
 from real_world.deploy.formats import (
     FORMATS,
     ExportFormat,
     export_and_verify,
     first_error,
     load_aotinductor,
+    max_abs_error,
 )
 
 WITH_A_SHORT_BENCHMARK = """
@@ -91,6 +95,47 @@ def test_one_wrong_logit_at_one_batch_size_fails_the_check(model, tmp_path, batc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_error_is_divided_by_the_largest_logit():
+    X = torch.tensor([[-200.0], [1.0]])
+    assert max_abs_error(lambda X: X + 2, lambda X: X, X) == pytest.approx(2 / 200)
+    assert max_abs_error(lambda X: X + 2, lambda X: X / 400, X / X) == pytest.approx(2 + 399 / 400)
+
+
+def answering_program(folder: Path, model: lesson.SimpleClassifier, old: str, new: str) -> Path:
+    """Return a program that answers as the C++ program, but with one replacement in line 700."""
+    X = torch.randn(1000, 4, generator=torch.Generator().manual_seed(2))
+    with (folder / "answers").open("w") as output:
+        predict_in_python(model, io.StringIO(to_csv(X)), output)
+    lines = (folder / "answers").read_text().splitlines()
+    lines[699] = re.sub(old, new, lines[699])
+    (folder / "answers").write_text("\n".join(lines))
+    (folder / "program").write_text(f"#!/bin/sh\ncat > /dev/null\ncat {folder}/answers\n")
+    (folder / "program").chmod(0o755)
+    return folder / "program"
+
+
+def test_one_wrong_answer_of_the_cpp_program_fails_the_check(model, tmp_path, capsys):
+    check_cpp(answering_program(tmp_path, model, "", ""), tmp_path, model)
+    assert capsys.readouterr().out.endswith(" ok\n")
+    for old, new in (
+        (r"^700,\d", "700,3"),  # the class
+        (r"[\d.]+$", "nan"),
+        (r"[\d.]+$", lambda number: str(float(number[0]) + 2e-6)),
+    ):
+        with pytest.raises(CheckFailed, match="1,000 samples"):
+            check_cpp(answering_program(tmp_path, model, old, new), tmp_path, model)
+
+
+def test_medians_of_the_times_are_compared(model, tmp_path, monkeypatch, capsys):
+    """The C++ program takes 1, 2, 4, 8 or 16 seconds, Python takes 10 times as long."""
+    times = [t for seconds in (8, 2, 16, 1, 4) for t in (0, seconds, 0, 10 * seconds)]
+    monkeypatch.setattr(cpp, "time", SimpleNamespace(perf_counter=iter(times).__next__))
+    monkeypatch.setattr(cpp, "REPEATS", 1)
+    measure_cpp(answering_program(tmp_path, model, "", ""), tmp_path, model)
+    figures = re.findall(r"(?:C\+\+|eager|Python) +([\d.]+)", capsys.readouterr().out)
+    assert figures == ["250", "25", "10.0"], "1,000 samples"
+
+
 FAILING_COMPILER = """#!/bin/sh
 case "$*" in *-version*) echo g++ 12.2.0; exit ;; esac
 echo "a.cpp:7: fatal error: disk full"
@@ -126,9 +171,11 @@ def test_first_error_of_a_build():
 @pytest.mark.parametrize("place", ["sys.prefix", "sys.base_prefix", "tempfile.tempdir"])
 @pytest.mark.parametrize("fmt", FORMATS[1:3], ids=lambda fmt: fmt.name)
 def test_path_with_a_space_is_one_line(model, tmp_path, monkeypatch, capsys, place, fmt):
-    monkeypatch.setattr(place, "/with space")
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    monkeypatch.setattr(place, str(folder))
     export_and_verify(fmt, model, torch.randn(1024, 4), tmp_path)
-    message = "the compiler needs paths without spaces, rename a folder of /with space\n"
+    message = f"the compiler needs paths without spaces, rename a folder of {folder}\n"
     assert capsys.readouterr().out.endswith(f"not available: {message}")
 
 
