@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from processes import ROOT, children, is_running, start, wait_until
 from serve_run import COMMAND, POST, ROW, Server, assert_correct, random_rows
 
 import lesson_code as lesson
+from real_world.serve import monitor
 
 # Clients that behave badly
 
@@ -121,6 +123,22 @@ def test_worker_that_cannot_start_ends_the_service_and_names_its_exit_status(che
     with pytest.raises(AssertionError, match=r"worker died +\d+, exit status 1") as ended:
         Server(*options, PATH="/nowhere")
     assert str(ended.value).count("worker died") == 1
+    assert "error: a worker could not start, or workers keep dying" in str(ended.value)
+
+
+def test_supervisor_gives_up_after_five_deaths_in_five_minutes(monkeypatch):
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, _: received.append(signum))
+    clock = iter([0, 200, 250, 299, 300, 301])  # the first one is 300 seconds old at the fifth
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=clock.__next__))
+    supervisor = monitor.Monitor(workers=2, url="")
+    supervisor.ready = True
+    for pid in range(5):
+        supervisor.on_exit(pid, -signal.SIGKILL)
+        assert (supervisor.failed, received) == (False, [])
+    supervisor.on_exit(5, -signal.SIGKILL)
+    signal.signal(signal.SIGTERM, previous)
+    assert (supervisor.failed, received) == (True, [signal.SIGTERM])
 
 
 @pytest.mark.parametrize(
