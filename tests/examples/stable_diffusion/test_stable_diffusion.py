@@ -6,9 +6,12 @@ import re
 import shutil
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from readmes import assert_transcript
+from sklearn.metrics import accuracy_score
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -221,16 +224,60 @@ def copying_model(run, data):
     return model
 
 
-def test_model_that_copies_training_images_fails_the_check(copying_model, data, capsys):
-    with pytest.raises(CheckFailed, match="no copies of training images"):
-        evaluate.evaluate_generation(copying_model, data, num_inference_steps=10)
-    assert re.search(r"follows the prompt +\S+ +ok", capsys.readouterr().out)
+def copy_all(unet: OracleUNet) -> None:
+    """Leave the model as it is."""
 
 
-def test_model_that_generates_other_digits_fails_the_check(copying_model, data):
-    copying_model.unet.latents = copying_model.unet.latents.roll(1, dims=0)
-    with pytest.raises(CheckFailed, match="follows the prompt"):
+def copy_one(unet: OracleUNet) -> None:
+    """Generate other images of the same digits, but for one."""
+    unet.latents[:9] += 0.15
+
+
+def other_digits(unet: OracleUNet) -> None:
+    unet.latents = unet.latents.roll(1, dims=0)
+
+
+def without_null_class(unet: OracleUNet) -> None:
+    """Use the prompts without guidance, too."""
+    unet.register_forward_pre_hook(
+        lambda _, args: (args[0]._replace(prompts=args[0].prompts.chunk(2)[1].repeat(2)),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_model", "check"),
+    [
+        (without_null_class, "scale 0 ignores the prompt"),
+        (other_digits, "scale 3 follows the prompt"),
+        (copy_all, "no copies of training images"),
+        (copy_one, "no copies of training images"),
+    ],
+)
+def test_broken_model_fails_its_check(copying_model, data, break_model, check):
+    break_model(copying_model.unet)
+    with pytest.raises(CheckFailed, match=f"check failed: {check} "):
         evaluate.evaluate_generation(copying_model, data, num_inference_steps=10)
+
+
+def test_accuracies_and_distances_are_those_of_scikit_learn(run, model, data):
+    output = (run / "output.txt").read_text()
+    classifier = evaluate.train_classifier(data)
+    search = NearestNeighbors(n_neighbors=1)
+    search.fit(model.decode(model.encode(data.X_train)).flatten(1))
+    prompts = torch.arange(10).repeat_interleave(50)
+    expected = {}
+    for label, images, y in (
+        ("guidance scale 3", model.generate(prompts, 3, 10), prompts),
+        ("test images", model.decode(model.encode(data.X_test)), data.y_test),
+    ):
+        distances, _ = search.kneighbors(images.flatten(1))
+        accuracy = accuracy_score(y, classifier(images.flatten(1)).argmax(dim=1))
+        expected[label] = np.array([100 * accuracy, np.median(distances), distances.min()])
+        printed = re.search(rf"{label} +([\d.]+)% +([\d.]+) +([\d.]+)", output).groups()
+        assert [float(number) for number in printed] == pytest.approx(expected[label], abs=0.051)
+    ratios = 100 * (expected["guidance scale 3"] / expected["test images"])[1:]
+    printed = re.search(r"training images +(\d+)%, (\d+)% of", output).groups()
+    assert [float(number) for number in printed] == pytest.approx(ratios, abs=1)
 
 
 def test_vae_reconstructs_test_images_from_latents_of_unit_variance(model, data):
