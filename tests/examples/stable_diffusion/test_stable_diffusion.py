@@ -267,7 +267,7 @@ def test_accuracies_and_distances_are_those_of_scikit_learn(run, model, data):
     prompts = torch.arange(10).repeat_interleave(50)
     expected = {}
     for label, images, y in (
-        ("guidance scale 3", model.generate(prompts, 3, 10), prompts),
+        ("guidance scale 3", model.generate(prompts, num_inference_steps=10), prompts),
         ("test images", model.decode(model.encode(data.X_test)), data.y_test),
     ):
         distances, _ = search.kneighbors(images.flatten(1))
