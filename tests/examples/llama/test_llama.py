@@ -14,6 +14,7 @@ import matplotlib.image
 import pytest
 import torch
 from processes import run
+from readmes import REAL_WORLD
 from torch._dynamo.utils import counters
 
 import lesson_code as lesson
@@ -211,6 +212,30 @@ def test_costs_are_those_of_real_models():
     cache = KVCache(CONFIG, 1, 1, like=torch.empty(0, dtype=torch.bfloat16))
     size = CONFIG.num_hidden_layers * (cache.k_cache.nbytes + cache.v_cache.nbytes)
     assert costs.kv_cache_bytes_per_token(CONFIG) == size
+
+
+def test_printed_costs_are_those_of_the_readme(story):
+    readme = (REAL_WORLD / "llama" / "README.md").read_text(encoding="utf-8")
+    shown = readme[readme.index("  Costs at a context") : readme.index("\n  figure saved to")]
+    assert shown in story[1]
+
+
+def test_time_per_token_is_that_of_five_tokens_after_the_prompt(monkeypatch):
+    clock = iter([0, 2, 10, 11, 20, 25, 30, 33, 40, 44])  # start and end: 2, 1, 5, 3, 4
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
+    model, lengths = build(), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
+    assert costs.seconds_per_token(model, 7, use_cache=True) == 3
+    assert lengths == [7, 1, 1, 1, 1, 1]
+
+
+def test_times_with_and_without_kv_cache(monkeypatch):
+    monkeypatch.setattr(costs, "seconds_per_token", lambda _, n, use_cache: n if use_cache else -n)
+    times = costs.compare_decoding(build(LLAMA_TINY), torch.tensor([[84]]))
+    assert times == {
+        "with KV cache": [64, 256, 1024, 4096],
+        "without KV cache": [-64, -256, -1024, -4096],
+    }
 
 
 def different_reference(model: Llama) -> torch.nn.Module:
