@@ -2,11 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 from readmes import assert_transcript
+from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 import lesson_code as lesson
@@ -14,6 +17,7 @@ from real_world.common import CheckFailed
 from real_world.digits import __main__ as digits
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
+from real_world.digits.plot import plot_digits
 from real_world.training import log_losses, read_losses
 
 
@@ -31,8 +35,8 @@ def test_split_is_a_seeded_partition():
 def test_labels_belong_to_their_images():
     data = load_digits()
     means = torch.stack([data.X_train[data.y_train == digit].mean(dim=0) for digit in range(10)])
-    nearest = torch.cdist(data.X_test, means).argmin(dim=1)
-    assert (nearest == data.y_test).float().mean() > 0.85
+    for images, y in ((data.X_validation, data.y_validation), (data.X_test, data.y_test)):
+        assert (torch.cdist(images, means).argmin(dim=1) == y).float().mean() > 0.85
 
 
 def test_example_reaches_96_percent_and_overfits(tmp_path, capsys):
@@ -45,6 +49,36 @@ def test_example_reaches_96_percent_and_overfits(tmp_path, capsys):
     lowest = float(re.search(r"lowest validation loss +([\d.]+)", output)[1])
     assert train_loss < 0.1 * lowest < 0.1 * validation_loss
     assert matplotlib.image.imread(tmp_path / "new" / "digits.png").shape == (480, 1440, 4)
+
+
+def test_losses_and_accuracies_are_those_of_scikit_learn(tmp_path, monkeypatch, capsys):
+    data, model = load_digits(), build_model(0)
+    monkeypatch.setattr(digits, "build_model", lambda *_: model)  # to keep the trained model
+    options = ["--device", "cpu", "--output", str(tmp_path), "--no-figure"]
+    digits.main([*options, "--epochs", "1", "--batch-size", "20"])
+    printed = capsys.readouterr().out
+
+    def accuracy(X: torch.Tensor, y: torch.Tensor) -> str:
+        return f"{accuracy_score(y, model(X).argmax(dim=1)):.1%}"
+
+    loss = log_loss(data.y_validation, model(data.X_validation).detach().double().softmax(dim=1))
+    row = re.search(r"^ +1 .*", printed, re.MULTILINE)[0].split()
+    assert row[2:] == [f"{loss:.4f}", accuracy(data.X_validation, data.y_validation)]
+    shown = re.findall(r"(?:training|test) accuracy +(\S+%)", printed)
+    assert shown == [accuracy(data.X_train, data.y_train), accuracy(data.X_test, data.y_test)]
+
+
+def test_figure_shows_the_labels_in_rows_and_the_predictions_in_columns(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    data = load_digits()
+    predicted = data.y_test.masked_fill(data.y_test == 3, 5)
+    plot_digits(Path(), data, predicted, [0.9, 0.5, 0.1], [0.4, 0.3, 0.6])
+    losses, confusion, *_ = figures[0].axes
+    assert losses.lines[2].get_xdata() == [2, 2], "the epoch of the lowest validation loss"
+    counts = data.y_test.bincount().tolist()
+    cells = {text.get_position(): int(text.get_text()) for text in confusion.texts}
+    assert cells == {(5 if label == 3 else label, label): counts[label] for label in range(10)}
 
 
 def test_options_change_the_training_and_are_saved(tmp_path, capsys):
