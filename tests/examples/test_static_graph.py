@@ -11,16 +11,20 @@ import pytest
 import torch
 from processes import run
 from readmes import assert_transcript
+from torch import nn
 
 import lesson_code as lesson
 from real_world.common import CheckFailed
 from real_world.static_graph import __main__ as static_graph
+from real_world.static_graph import dynamic, keras_copy, tracing
+from real_world.static_graph.dynamic import compare_randomness, stochastic_depth
 from real_world.static_graph.errors import compare_errors, inspect_traceback
-from real_world.static_graph.keras_copy import keras_copy
+from real_world.static_graph.keras_copy import compare_training, compiled_copy, make_train_step
 from real_world.static_graph.plot import autograd_nodes
 from real_world.static_graph.tf_setup import tf
 from real_world.static_graph.tracing import (
     OperatorControlFlow,
+    compare_tracing,
     data_dependent,
     traced_operations,
 )
@@ -53,7 +57,7 @@ def test_readme(folder):
 def test_keras_copy_computes_the_same_logits():
     model = lesson.SimpleClassifier(6, 8, 5)
     X = torch.randn(10, 6)
-    logits = torch.from_numpy(keras_copy(model)(X.numpy()).numpy())
+    logits = torch.from_numpy(keras_copy.keras_copy(model)(X.numpy()).numpy())
     torch.testing.assert_close(logits, model(X))
 
 
@@ -101,7 +105,8 @@ def test_python_randomness_is_fixed_while_tracing(tables):
 
 def test_where_an_error_is_reported(tables):
     table = {mode: re.split(r"\s{2,}", text) for mode, text in tables["Errors"].items()}
-    assert table["PyTorch, eager"][2] == "IndexError"
+    # From the end: the line's number, the line, its ~~~^^^, the error.
+    assert table["PyTorch, eager"][1:] == ["4 from the end", "IndexError"]
     assert table["torch.compile"][1:] == ["not named", "RuntimeError"]
     for mode in ("TensorFlow, eager", "@tf.function", "Keras, fit()"):
         assert re.fullmatch(r"\d+ from the end", table[mode][1])
@@ -109,12 +114,129 @@ def test_where_an_error_is_reported(tables):
     with pytest.raises(CheckFailed, match="raised no error"):
         inspect_traceback(lambda: None)
 
+    def fail() -> None:
+        raise IndexError
+
+    assert inspect_traceback(fail) == ("IndexError", 6, None)  # two lines per call, first and last
+
 
 def test_figure_shows_both_branches_only_for_tf_function(folder):
     assert autograd_nodes(5.0) == ["DivBackward0"] * 3 + ["MulBackward0"]
     assert autograd_nodes(-3.0) == ["DivBackward0"] * 2 + ["MulBackward0"] * 2
     assert traced_operations() == ["StatelessWhile", "Greater", "StatelessIf"]
     assert matplotlib.image.imread(folder / "static_graph.png").shape == (384, 1320, 4)
+
+
+# %% Checks: with a part that is broken in one mode
+
+
+def eager_tensor(x):
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+def compiled_tensor(x):
+    return isinstance(x, torch.Tensor) and not x.requires_grad
+
+
+def eager_tf(x):
+    return tf.is_tensor(x) and tf.executing_eagerly()
+
+
+def traced_tf(x):
+    return tf.is_tensor(x) and not tf.executing_eagerly()
+
+
+def traced_float(x):
+    return isinstance(x, float) and not tf.executing_eagerly()
+
+
+def wrong_for(mode):
+    """Return data_dependent(), which returns 1 more in a mode."""
+
+    def broken(x):
+        result = data_dependent(x)
+        return result + 1 if mode(x) else result
+
+    return broken
+
+
+def always_for(mode):
+    """Return stochastic_depth(), which always applies the layer in a mode."""
+
+    def broken(x):
+        return x + 1 if mode(x) else stochastic_depth(x)
+
+    return broken
+
+
+def random_in_graph(x):
+    return dynamic.stochastic_depth_in_graph(x) if traced_tf(x) else stochastic_depth(x)
+
+
+def wrong_train_step(eagerly):
+    """Return make_train_step(), whose steps return a wrong loss eagerly, or in a graph."""
+
+    def broken(model):
+        step = make_train_step(model)
+        return lambda X, y: step(X, y) + 1e-3 * (tf.executing_eagerly() == eagerly)
+
+    return broken
+
+
+def copy_with_epsilon(epsilon):
+    return lambda model, **_: compiled_copy(model, epsilon)
+
+
+def train_briefly():
+    compare_training(epochs=3)
+
+
+def compiling(x):
+    return torch.compiler.is_compiling()
+
+
+COPY, STEP, DEPTH = "compiled_copy", "make_train_step", "stochastic_depth"
+IN_GRAPH, FUNCTION, MODULE = "stochastic_depth_in_graph", "data_dependent", "OperatorControlFlow"
+
+
+@pytest.mark.parametrize(
+    ("part", "check", "module", "name", "broken"),
+    [
+        (train_briefly, "Keras, fit()", keras_copy, COPY, copy_with_epsilon(1e-2)),
+        (train_briefly, "TensorFlow, @tf.function", keras_copy, STEP, wrong_train_step(False)),
+        (train_briefly, "TensorFlow, eager", keras_copy, STEP, wrong_train_step(True)),
+        (
+            train_briefly,
+            "fit(), Keras's epsilon of 1e-7",
+            keras_copy,
+            COPY,
+            copy_with_epsilon(1e-8),
+        ),
+        (compare_tracing, "PyTorch, eager", tracing, FUNCTION, wrong_for(eager_tensor)),
+        (compare_tracing, "TensorFlow, eager", tracing, FUNCTION, wrong_for(eager_tf)),
+        (compare_tracing, "@tf.function", tracing, FUNCTION, wrong_for(traced_tf)),
+        (
+            compare_tracing,
+            "@tf.function, Python floats",
+            tracing,
+            FUNCTION,
+            wrong_for(traced_float),
+        ),
+        (compare_tracing, "torch.compile", tracing, FUNCTION, wrong_for(compiled_tensor)),
+        (compare_tracing, "torch.export", tracing, "PythonControlFlow", nn.Identity),
+        (compare_tracing, "  with while_loop and cond", tracing, MODULE, nn.Identity),
+        (compare_randomness, "PyTorch, eager", dynamic, DEPTH, lambda x: x + 1),
+        (compare_randomness, "torch.compile", dynamic, DEPTH, always_for(compiling)),
+        (compare_randomness, "TensorFlow, eager", dynamic, DEPTH, always_for(eager_tf)),
+        (compare_randomness, "@tf.function", dynamic, DEPTH, random_in_graph),
+        (compare_randomness, "  with tf.random and tf.cond", dynamic, IN_GRAPH, stochastic_depth),
+    ],
+)
+def test_broken_part_fails_its_check(part, check, module, name, broken, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(CheckFailed, match=re.escape(f"check failed: {check} (got")):
+        part()
 
 
 def test_missing_tensorflow(monkeypatch):
