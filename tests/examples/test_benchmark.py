@@ -1,13 +1,19 @@
 """The benchmark example: how it measures, that it compares equal work, and the READMEs' tables."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
+import timeit
 from functools import partial
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from starlette.testclient import TestClient
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +22,7 @@ import lesson_code as lesson
 from real_world.benchmark import (
     cuda,
     fastapi_app,
+    frameworks,
     harness,
     inference,
     litserve_app,
@@ -27,6 +34,7 @@ from real_world.benchmark import (
 )
 from real_world.benchmark.__main__ import load_entry, main
 from real_world.benchmark.frameworks import FRAMEWORKS, Size, build_training
+from real_world.common import CheckFailed
 from real_world.llama import parity
 
 TINY = Size(samples=60, in_features=7, hidden_size=12, num_classes=4)
@@ -47,8 +55,50 @@ def test_interleave_alternates():
     assert measured == {"a": [1, 3, 5], "b": [2, 4, 6]}
 
 
-def test_summary_is_the_median_and_the_range():
-    assert harness.summarize([9, 1, 2.00004]) == {"median": 2, "min": 1, "max": 9}
+def test_summary_is_the_median_and_the_range_with_four_digits():
+    values = [98_765.4, 1.23446, 2.34567, 0.00123456, 3.45678]
+    assert harness.summarize(values) == {"median": 2.346, "min": 0.001235, "max": 98_770}
+
+
+class Clock:
+    """A clock that only sleep() advances."""
+
+    now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """Replace the clock that the benchmarks and timeit read."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(timeit, "timeit", partial(timeit.timeit, timer=clock))
+    return clock
+
+
+def test_times_are_per_step_and_per_call(clock, monkeypatch, capsys):
+    assert harness.time_call(lambda: clock.sleep(3)) == 3
+    assert cuda.time_step(lambda steps: clock.sleep(0.5 * steps), 4) == 0.5
+    assert inference.time_forward(lambda batch: clock.sleep(0.25), torch.zeros(1), 8) == 0.25
+    monkeypatch.setattr(frameworks, "build_training", lambda *_: lambda n: clock.sleep(0.125 * n))
+    monkeypatch.setattr(sys, "stdin", ["\n", "\n"])
+    frameworks.main("PyTorch, train()", TINY)
+    assert capsys.readouterr().out == "ready\n0.125\n0.125\n"
+
+
+def test_speed_of_equal_matrix_products(monkeypatch):
+    products = []
+    monkeypatch.setattr(harness, "time_call", lambda product: products.append(product()) or 0.5)
+    monkeypatch.setattr(step, "PAUSE", 0)
+    speeds = step.time_matmul(rounds=1, n=50)
+    for product in products:
+        torch.testing.assert_close(torch.tensor(np.asarray(product)), products[0])
+    assert [speed["median"] for speed in speeds.values()] == [500_000] * 4  # 2 * 50^3 in 0.5 s
 
 
 @pytest.mark.parametrize("script", ["exit('full')", "print('', flush=True); input(); exit('full')"])
@@ -146,6 +196,30 @@ def test_other_servers_answer_like_predict(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.tensor(answer["probabilities"]), probabilities)
 
 
+def test_format_that_cannot_be_built_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(inference, "export_and_verify", lambda *_: None)
+    with pytest.raises(CheckFailed, match=f"{inference.FORMATS[0].name} cannot be built here"):
+        inference.load_formats(lesson.SimpleClassifier(), torch.zeros(1, 4), tmp_path)
+
+
+def test_failed_requests_of_wrk_fail(monkeypatch, tmp_path):
+    def write_script(result: str) -> None:
+        (tmp_path / "wrk").write_text(f"#!/bin/sh\necho 'Running' '{result}'\n")
+        (tmp_path / "wrk").chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        server = serve.Server("http://server", process.pid)
+        try:
+            write_script('{"rate": 5.5, "errors": 0}')
+            assert serve.generate_load(server, 1, 1) == {"rate": 5.5}
+            write_script('{"rate": 5.5, "errors": 3}')
+            with pytest.raises(CheckFailed, match="3 of wrk's requests to http://server failed"):
+                serve.generate_load(server, 1, 1)
+        finally:
+            process.kill()
+
+
 # Entries, with fewer candidates
 
 
@@ -168,6 +242,7 @@ def test_inference(monkeypatch, tmp_path):
     cpp = [sys.executable, "-c", script]
     with inference.one_core():
         assert torch.get_num_threads() == 1
+        assert not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) == 1
         times = inference.time_formats(models, rows[:64], cpp, quick=True)
     assert list(times) == ["eager", "TorchScript", "ONNX Runtime", inference.FROM_CPP]
     assert times[inference.FROM_CPP]["median"] == 3e-6
@@ -213,7 +288,38 @@ def test_render(tmp_path, monkeypatch):
         assert matplotlib.image.imread(tmp_path / f"{entry}.png").shape[1] > 900
 
 
-# Tables
+# Tables and figures
+
+
+def test_numbers_worked_out_by_hand():
+    numbers = [0.012345, 0.999, 1.0, 9.876, 12.34, 123.4, 1234.5]
+    expected = ["0.0123", "0.999", "1.00", "9.88", "12.3", "123", "1,234"]
+    assert [harness.format_number(number) for number in numbers] == expected
+    times = [harness.format_time(0.00125, unit) for unit in ("s", "ms", "µs")]
+    assert times == ["0.00125", "1.25", "1,250"]
+    results = {"a": {"x": {"median": 0.002}, "y": {"median": 0.003}}}
+    rows = harness.time_rows(results, {"a": "ms"}, at="a", baseline="x")
+    assert rows == [["x", "2.00", "1.00 x"], ["y", "3.00", "1.50 x"]]
+
+
+def test_speedup_is_in_samples_per_second():
+    one, two, twice, small = (0.4, 0.25, 0.5, 0.001)
+    results = {
+        "wide, 1 process": {"median": one},
+        "wide, 2 processes": {"median": two},
+        "wide, 2 processes, twice the samples": {"median": twice},
+        "lesson, 1 process": {"median": small},
+    }
+    assert list(scaling.speedups(results).values()) == [1, 1.6, 1.6, 1]
+
+
+def test_figure_of_a_step_shows_ms_and_percentages_of_the_peak():
+    left, right = Figure().subplots(1, 2)
+    steps = {"tiny": {"x": {"median": 0.002}}}
+    # 2 * 60 * 12 * (2 * 7 + 3 * 4) = 37,440 operations
+    step.plot_steps(left, right, steps, {"tiny": TINY}, {"x": 37_440_000.0})
+    assert left.lines[0].get_xydata().tolist() == [[37_440, 2]]
+    assert right.lines[0].get_xydata().tolist() == [[37_440, 50]]
 
 
 def test_replace_table_changes_only_its_own():
