@@ -135,7 +135,9 @@ def read_sampling(folder: Path) -> dict[str, Any]:
     """Return the sampling that a model's makers recommend, by the names of SamplingParams."""
     path = folder / "generation_config.json"
     content = read_json(path) if path.exists() else {}
-    names = ("temperature", "top_k", "top_p", "min_p") if content.get("do_sample") else ()
+    names = ["repetition_penalty"]  # with greedy decoding, too
+    if content.get("do_sample"):
+        names += ["temperature", "top_k", "top_p", "min_p"]
     values = {name: content[name] for name in names if content.get(name) is not None}
     if values.get("top_k") == 0:
         del values["top_k"]  # off

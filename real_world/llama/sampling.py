@@ -21,6 +21,7 @@ class SamplingParams:
         1.0, "sample from the fewest tokens whose probabilities sum to at least this"
     )
     min_p: float = option(0.0, "leave out tokens less likely than this fraction of the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: what occurred before is less likely")
     seed: int = option(0, "of the sampling", minimum=0)
 
     def __post_init__(self) -> None:
@@ -33,6 +34,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
 
 GREEDY = SamplingParams()
@@ -62,6 +65,18 @@ def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         largest = p.max(dim=-1, keepdim=True).values  # (batch, 1)
         logits = logits.masked_fill(p < params.min_p * largest, -torch.inf)
     return logits
+
+
+def penalize_repetition(
+    logits: torch.Tensor, counts: torch.Tensor, params: SamplingParams
+) -> torch.Tensor:
+    """Return logits, (batch, vocab_size), that are lower for tokens whose count is above 0.
+
+    N. Keskar et al., "CTRL", 2019, section 4.1; negative logits are multiplied, as elsewhere.
+    """
+    penalty = params.repetition_penalty
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(counts > 0, penalized, logits)
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, rng: torch.Generator) -> torch.Tensor:

@@ -121,11 +121,27 @@ def test_sampling_is_seeded():
         {"top_p": -1.0},
         {"top_k": 0},
         {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
     ],
 )
 def test_wrong_sampling_params_raise_value_error(params):
     with pytest.raises(ValueError, match=f"{next(iter(params))} must be"):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.3])
+def test_repetition_penalty_is_that_of_transformers(penalty):
+    model = build(scale=5)
+    params = SamplingParams(repetition_penalty=penalty)
+    expected = parity.to_transformers(model).generate(
+        PROMPT, max_new_tokens=30, do_sample=False, repetition_penalty=penalty
+    )
+    new = generated(model, PROMPT, 30, params=params)
+    assert new.equal(expected[:, 3:])
+    assert not new.equal(generated(model, PROMPT, 30))
+    tokens, mask = pad_left([PROMPT[0].tolist(), [4, 5, 6, 7, 8]])
+    padded = generated(model, tokens, 30, params=params, attention_mask=mask)
+    assert padded[0].equal(new[0]), "padding, token 0, did not occur"
 
 
 def test_number_of_new_tokens_must_not_be_negative():
