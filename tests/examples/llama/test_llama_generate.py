@@ -129,7 +129,7 @@ def test_wrong_sampling_params_raise_value_error(params):
         SamplingParams(**params)
 
 
-@pytest.mark.parametrize("penalty", [0.8, 1.3])
+@pytest.mark.parametrize("penalty", [0.5, 2.0])
 def test_repetition_penalty_is_that_of_transformers(penalty):
     model = build(scale=5)
     params = SamplingParams(repetition_penalty=penalty)
