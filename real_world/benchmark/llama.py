@@ -58,6 +58,10 @@ VARIANTS = {  # of this example: as --dtype, and whether decoding is compiled
     "this example, bfloat16, compiled": ("bfloat16", True),
     "this example, int8, compiled": ("int8", True),
 }
+REFERENCES = {  # of transformers: whether it has a static cache, with which it compiles
+    "transformers, float32": False,
+    "transformers, float32, static cache, compiled": True,
+}
 
 Generate = Callable[[int], object]  # takes the number of new tokens
 
@@ -179,10 +183,8 @@ def measure_smollm2(quick: bool) -> tuple[dict[str, dict[str, Stats]], dict[str,
         name: functools.partial(generate_here, *variant) for name, variant in VARIANTS.items()
     }
     reference = to_transformers(models["float32"])
-    candidates["transformers, float32"] = generate_transformers(reference, prompt, static=False)
-    if any(compiled for _, compiled in VARIANTS.values()):
-        name = "transformers, float32, static cache, compiled"
-        candidates[name] = generate_transformers(reference, prompt, static=True)
+    for name, static in REFERENCES.items():
+        candidates[name] = generate_transformers(reference, prompt, static)
     if importlib.util.find_spec("llama_cpp"):
         candidates["llama.cpp, 4-bit weights"] = load_llama_cpp(prompt[0].tolist())
     speeds = measure_generation(candidates, ANSWER_LENGTH, quick)

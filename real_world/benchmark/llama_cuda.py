@@ -29,7 +29,7 @@ from real_world.benchmark.llama import (
     generate_transformers,
     measure_generation,
 )
-from real_world.llama.config import LLAMA_3_1_8B, LlamaConfig, RopeScaling
+from real_world.llama.config import LLAMA_3_1_8B, LLAMA_3_2_1B, LlamaConfig
 from real_world.llama.costs import flops_per_token, matmul_parameters
 from real_world.llama.generate import generate
 from real_world.llama.model import Llama
@@ -38,20 +38,6 @@ from real_world.llama.train import next_token_loss
 
 QUOTE = "a 70-billion-parameter language model"
 
-LLAMA_3_2_1B = replace(
-    LLAMA_3_1_8B,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    head_dim=64,
-    rope_scaling=RopeScaling(
-        factor=32.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    ),
-    tie_word_embeddings=True,
-)
 GENERATED = {"1B": LLAMA_3_2_1B, "8B": LLAMA_3_1_8B}
 TRAINED = LLAMA_3_2_1B
 PROMPT_LENGTH = 256
@@ -176,8 +162,7 @@ def table(results: dict[str, Any]) -> str:
     for size, speeds in results["generation"].items():
         weights = 2 * matmul_parameters(GENERATED[size])  # bytes, all read once per token
         for name, stats in speeds.items():
-            per_token: Stats = stats["next"]
-            speed = 1 / per_token["median"]
+            speed = 1 / stats["next"]["median"]
             used = weights * speed / results["peaks"]["bandwidth"]["median"]
             first = format_time(stats["first"]["median"], "ms")
             rows.append([f"{size}, {name}", first, format_number(speed), f"{used:.0%}"])

@@ -26,7 +26,11 @@ def scratch_dir(output: Path) -> Iterator[None]:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     descriptor = os.open(output, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # wait for other runs; the end of a process unlocks it
+    try:  # the end of a process unlocks it
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another run in {output}", file=sys.stderr)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     folder = output.resolve() / ".deploy"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -70,6 +70,20 @@ LLAMA_3_1_8B = LlamaConfig(
         original_max_position_embeddings=8192,
     ),
 )
+LLAMA_3_2_1B = replace(
+    LLAMA_3_1_8B,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    head_dim=64,
+    rope_scaling=RopeScaling(
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+    tie_word_embeddings=True,
+)
 LLAMA_CONFIGS = {
     "Llama 3.1 8B": LLAMA_3_1_8B,
     "Llama 3.1 70B": replace(

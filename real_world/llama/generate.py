@@ -11,7 +11,7 @@ import torch
 from lesson_code import CheckpointError
 from real_world.common import CheckFailed
 from real_world.llama.model import KVCache, Llama
-from real_world.llama.sampling import GREEDY, SamplingParams, penalize_repetition, sample
+from real_world.llama.sampling import GREEDY, SamplingParams, sample
 from real_world.llama.tokenizer import Tokenizer
 
 CACHE_MULTIPLE = 256  # the room in the caches of a compiled step is a multiple of it
@@ -123,10 +123,8 @@ def generate(
             cache.reset()
     position = torch.tensor([length], device=device)  # of the token to decode
     tokens, next_token = prompt, prompt[:, -1]
-    if params.repetition_penalty != 1:  # how often each token occurred
-        counts = torch.zeros(
-            batch_size, model.config.vocab_size, dtype=torch.int64, device=device
-        ).scatter_add_(1, prompt, mask[:, :length].long())  # (batch, vocab_size)
+    counts = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.int64, device=device)
+    counts.scatter_add_(1, prompt, mask[:, :length].long())  # how often each token occurred
     for total in range(length, length + max_new_tokens):
         if total == length:
             logits = prefill(model, prompt, caches, attention_mask)
@@ -136,19 +134,14 @@ def generate(
                 )
         elif caches is None:
             tokens = torch.cat((tokens, next_token[:, None]), dim=1)  # (batch, total)
-            logits = prefill(
-                model, tokens, None, None if attention_mask is None else mask[:, :total]
-            )
+            padding = None if attention_mask is None else mask[:, :total]
+            logits = prefill(model, tokens, None, padding)
         else:
-            logits = decode(
-                model, next_token, position, caches, mask if compile else mask[:, :total]
-            )
+            past = mask if compile else mask[:, :total]  # compiled: always of one shape
+            logits = decode(model, next_token, position, caches, past)
             position += 1
-        if params.repetition_penalty != 1:
-            logits = penalize_repetition(logits, counts, params)
-        next_token = sample(logits, params, rng)
-        if params.repetition_penalty != 1:
-            counts.scatter_add_(1, next_token[:, None], torch.ones_like(next_token[:, None]))
+        next_token = sample(logits, counts, params, rng)
+        counts.scatter_add_(1, next_token[:, None], torch.ones_like(next_token[:, None]))
         if len(eos):
             next_token = next_token.where(~finished, eos[0])
             finished |= torch.isin(next_token, eos)
@@ -158,7 +151,7 @@ def generate(
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which could change the terminal, and invalid bytes by a dot."""
+    """Replace control characters, which could change the terminal, and invalid bytes with a dot."""
     control = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
     return "".join("." if c in control or c == "\ufffd" else c for c in text)
 

@@ -67,20 +67,24 @@ def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return logits
 
 
-def penalize_repetition(
-    logits: torch.Tensor, counts: torch.Tensor, params: SamplingParams
-) -> torch.Tensor:
+def penalize_repetition(logits: torch.Tensor, counts: torch.Tensor, penalty: float) -> torch.Tensor:
     """Return logits, (batch, vocab_size), that are lower for tokens whose count is above 0.
 
-    N. Keskar et al., "CTRL", 2019, section 4.1; negative logits are multiplied, as elsewhere.
+    N. Keskar et al., "CTRL", 2019, section 4.1. As in transformers, negative logits are multiplied.
     """
-    penalty = params.repetition_penalty
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(counts > 0, penalized, logits)
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, rng: torch.Generator) -> torch.Tensor:
-    """Return the next token of each row of logits, (batch,) int64."""
+def sample(
+    logits: torch.Tensor, counts: torch.Tensor, params: SamplingParams, rng: torch.Generator
+) -> torch.Tensor:
+    """Return the next token of each row of logits, (batch,) int64.
+
+    `counts`, (batch, vocab_size), says how often each token occurred in a row.
+    """
+    if params.repetition_penalty != 1:
+        logits = penalize_repetition(logits, counts, params.repetition_penalty)
     if params.temperature == 0:
         return logits.argmax(dim=-1)
     logits = filter_logits(logits, params)

@@ -258,6 +258,7 @@ def test_llama_writes_results_and_readme(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "EXAMPLES", tmp_path)
     eager = {name: variant for name, variant in llama.VARIANTS.items() if not variant[1]}
     monkeypatch.setattr(llama, "VARIANTS", eager)
+    monkeypatch.setattr(llama, "REFERENCES", {"transformers, float32": False})
     monkeypatch.setattr(llama, "LOSS_TOKENS", 513)
     monkeypatch.setattr(llama, "PROMPT_LENGTH", 16)
     monkeypatch.setattr(llama, "ANSWER_LENGTH", 3)

@@ -196,7 +196,8 @@ def test_killed_run_leaves_no_temporary_files_to_the_next(tmp_path, stop):
     with start(*command) as run:
         folder = Path(run.stdout.readline().strip())
         assert folder.is_relative_to(tmp_path)
-        with start(*command) as other:  # waits for the end of the first
+        with start(*command) as other:
+            assert other.stdout.readline() == f"waiting for another run in {tmp_path}\n"
             run.send_signal(stop)
             assert run.wait() != 0
             other_folder = Path(other.stdout.readline().strip())

@@ -76,6 +76,7 @@ def test_bfloat16_is_nearer_to_float32_than_that_of_transformers(smollm2, model)
             for logits in (bfloat16(tokens), reference(tokens).logits)
         )
     assert ours < 0.95 * theirs, "rms errors of the logits"
+    assert (ours, theirs) == pytest.approx((0.106, 0.121), rel=0.1), "as in the README"
 
 
 def test_command_line_answers_as_in_the_readme(smollm2, capsys):
