@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_models import CONFIG, build
 from safetensors.torch import load_file, save_file
 
 import lesson_code as lesson
 from real_world.llama import parity
 from real_world.llama.checkpoint import load_pretrained, read_config, save_pretrained
-from real_world.llama.config import LLAMA_3_1_8B, LlamaConfig
-from real_world.llama.model import Llama
-
-CONFIG = parity.BASE
-
-
-def build(config: LlamaConfig = CONFIG, seed: int = 0) -> Llama:
-    torch.manual_seed(seed)
-    return Llama(config)
+from real_world.llama.config import LLAMA_3_1_8B
 
 
 @pytest.mark.parametrize("tied", [True, False])
