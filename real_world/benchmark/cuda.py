@@ -10,14 +10,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lesson_code as lesson
-from real_world.benchmark import step
+from real_world.benchmark import harness, step
 from real_world.benchmark.frameworks import LR, Size, Train
-from real_world.benchmark.harness import (
-    interleave_stats,
-    markdown_table,
-    time_call,
-    time_rows,
-)
 
 QUOTE = "every operation on it executes on the GPU transparently"
 
@@ -73,7 +67,7 @@ def build_training(variant: Variant, size: Size, device: torch.device) -> Train:
 
 def time_step(train: Train, steps: int) -> float:
     """Return the seconds per step; train() waits for the GPU once, at its end."""
-    return time_call(lambda: train(steps)) / steps
+    return harness.time_call(lambda: train(steps)) / steps
 
 
 def matmul_speed(matrix: torch.Tensor) -> float:
@@ -85,7 +79,7 @@ def matmul_speed(matrix: torch.Tensor) -> float:
         torch.cuda.synchronize()
 
     torch.cuda.synchronize()
-    return 10 * 2 * len(matrix) ** 3 / time_call(multiply)
+    return 10 * 2 * len(matrix) ** 3 / harness.time_call(multiply)
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -102,13 +96,13 @@ def measure(quick: bool) -> dict[str, Any]:
             train(5)  # compile
             count = max(5, round(0.2 / time_step(train, 5)))
             candidates[variant_name] = functools.partial(time_step, train, count)
-        steps[name] = interleave_stats(candidates, rounds, f"cuda, {name}")
+        steps[name] = harness.interleave_stats(candidates, rounds, f"cuda, {name}")
     speeds = {}
     for dtype in ("float32", "bfloat16"):
         matrix = torch.randn(8192, 8192, device=device, dtype=getattr(torch, dtype))
         matmul_speed(matrix)  # warm up
         speeds[dtype] = functools.partial(matmul_speed, matrix)
-    matmul = interleave_stats(speeds, rounds, "cuda, matmul")
+    matmul = harness.interleave_stats(speeds, rounds, "cuda, matmul")
     return {"gpu": torch.cuda.get_device_name(), "steps": steps, "matmul": matmul}
 
 
@@ -118,8 +112,8 @@ def table(results: dict[str, Any]) -> str:
     steps = results["steps"]
     header = [results["gpu"], *(f"{name} ({UNITS[name]})" for name in steps)]
     header.append("large, relative to train()")
-    rows = time_rows(steps, UNITS, at="large", baseline=step.BASELINE)
-    return markdown_table(header, rows)
+    rows = harness.time_rows(steps, UNITS, at="large", baseline=step.BASELINE)
+    return harness.markdown_table(header, rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -19,17 +19,7 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
-from real_world.benchmark.harness import (
-    Stats,
-    format_number,
-    format_ratio,
-    format_time,
-    interleave,
-    interleave_stats,
-    markdown_table,
-    summarize,
-    time_call,
-)
+from real_world.benchmark import harness
 from real_world.common import OUTPUT
 from real_world.llama.checkpoint import load_pretrained
 from real_world.llama.config import LLAMA_TINY
@@ -87,12 +77,12 @@ def time_training(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tens
     def train() -> None:
         lesson.train(model, batches, next_token_loss, optimizer, epochs=1)
 
-    return time_call(train) / sum(y.numel() for _, y in batches)
+    return harness.time_call(train) / sum(y.numel() for _, y in batches)
 
 
 def time_generation(generate_tokens: Callable[[], object]) -> float:
     """Return the seconds per token."""
-    return time_call(generate_tokens) / NEW_TOKENS
+    return harness.time_call(generate_tokens) / NEW_TOKENS
 
 
 def load_llama_cpp(prompt: list[int]) -> Generate:
@@ -136,14 +126,14 @@ def generate_transformers(reference: nn.Module, prompt: torch.Tensor, static: bo
 
 def time_first_and_next(generate_tokens: Generate, count: int) -> tuple[float, float]:
     """Return the seconds to the first token, and the seconds of each of `count` after it."""
-    first = time_call(functools.partial(generate_tokens, 1))
-    total = time_call(functools.partial(generate_tokens, 1 + count))
+    first = harness.time_call(functools.partial(generate_tokens, 1))
+    total = harness.time_call(functools.partial(generate_tokens, 1 + count))
     return first, (total - first) / count
 
 
 def measure_generation(
     candidates: dict[str, Generate], count: int, quick: bool
-) -> dict[str, dict[str, Stats]]:
+) -> dict[str, dict[str, harness.Stats]]:
     """Return `first` and `next`, in seconds, of each candidate."""
     for generate_tokens in candidates.values():
         generate_tokens(1 + count)  # warm up, compile
@@ -151,17 +141,17 @@ def measure_generation(
         name: functools.partial(time_first_and_next, generate_tokens, count)
         for name, generate_tokens in candidates.items()
     }
-    times = interleave(timers, 1 if quick else 7, "llama, generation")
+    times = harness.interleave(timers, 1 if quick else 7, "llama, generation")
     return {
         name: {
-            "first": summarize([first for first, _ in pairs]),
-            "next": summarize([per_token for _, per_token in pairs]),
+            "first": harness.summarize([first for first, _ in pairs]),
+            "next": harness.summarize([per_token for _, per_token in pairs]),
         }
         for name, pairs in times.items()
     }
 
 
-def measure_smollm2(quick: bool) -> tuple[dict[str, dict[str, Stats]], dict[str, float]]:
+def measure_smollm2(quick: bool) -> tuple[dict[str, dict[str, harness.Stats]], dict[str, float]]:
     """Measure the speeds of SmolLM2, by candidate, and its validation loss, by dtype."""
     folder = download_smollm2(OUTPUT)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
@@ -222,25 +212,30 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     speeds, losses = measure_smollm2(quick)
     return {
-        "training": interleave_stats(training, rounds, "llama, training"),
-        "generation": interleave_stats(generation, rounds, "llama, generation"),
+        "training": harness.interleave_stats(training, rounds, "llama, training"),
+        "generation": harness.interleave_stats(generation, rounds, "llama, generation"),
         "SmolLM2": speeds,
         "losses": losses,
     }
 
 
 # %% Show
-def table_smollm2(speeds: dict[str, dict[str, Stats]], losses: dict[str, float]) -> str:
+def table_smollm2(speeds: dict[str, dict[str, harness.Stats]], losses: dict[str, float]) -> str:
     """Return the time to the first token, the tokens per second after it, and the loss."""
     rows = []
     for name, stats in speeds.items():
         first, per_token = stats["first"]["median"], stats["next"]["median"]
         speed, ratio = 1 / per_token, speeds[BASELINE]["next"]["median"] / per_token
         loss = f"{losses[VARIANTS[name][0]]:.4f}" if name in VARIANTS else ""
-        cells = [format_time(first, "ms"), format_number(speed), format_ratio(ratio, 1), loss]
+        cells = [
+            harness.format_time(first, "ms"),
+            harness.format_number(speed),
+            harness.format_ratio(ratio, 1),
+            loss,
+        ]
         rows.append([name, *cells])
     header = ["SmolLM2-135M", "first token (ms)", "tokens per second", "relative speed"]
-    return markdown_table([*header, "validation loss"], rows)
+    return harness.markdown_table([*header, "validation loss"], rows)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -253,8 +248,8 @@ def table(results: dict[str, Any]) -> str:
         by_model = results[task]
         here, reference = by_model["this example"], by_model["transformers"]
         spread = max((s["max"] - s["min"]) / s["median"] for s in by_model.values())
-        times = [format_time(stats["median"], "µs") for stats in (here, reference)]
-        ratio = format_ratio(reference["median"], here["median"])
+        times = [harness.format_time(stats["median"], "µs") for stats in (here, reference)]
+        ratio = harness.format_ratio(reference["median"], here["median"])
         rows.append([task, *times, ratio, f"{spread:.0%}"])
     header = [
         "time per token",
@@ -264,4 +259,4 @@ def table(results: dict[str, Any]) -> str:
         "spread",
     ]
     smollm2 = table_smollm2(results["SmolLM2"], results["losses"])
-    return f"{markdown_table(header, rows)}\n\n{smollm2}"
+    return f"{harness.markdown_table(header, rows)}\n\n{smollm2}"

@@ -14,15 +14,8 @@ import torch
 from torch import nn
 
 import lesson_code as lesson
+from real_world.benchmark import harness
 from real_world.benchmark.cuda import matmul_speed
-from real_world.benchmark.harness import (
-    Stats,
-    format_number,
-    format_time,
-    interleave_stats,
-    markdown_table,
-    time_call,
-)
 from real_world.benchmark.llama import (
     Generate,
     Logits,
@@ -62,7 +55,7 @@ def copy_bandwidth(x: torch.Tensor, y: torch.Tensor) -> float:
             y.copy_(x)
         y[0].item()  # wait for the GPU
 
-    return 10 * 2 * x.nbytes / time_call(copy)
+    return 10 * 2 * x.nbytes / harness.time_call(copy)
 
 
 def generation_candidates(
@@ -91,7 +84,7 @@ def training_candidates(
 
     def train(forward: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         batches = [(X, y)] * STEPS
-        seconds = time_call(
+        seconds = harness.time_call(
             lambda: lesson.train(forward, batches, next_token_loss, optimizer, epochs=1)
         )
         return STEPS * y.numel() / seconds
@@ -110,7 +103,7 @@ def training_candidates(
 
 def measure_size(
     config: LlamaConfig, device: torch.device, quick: bool
-) -> dict[str, dict[str, Stats]]:
+) -> dict[str, dict[str, harness.Stats]]:
     """Measure generation with one configuration; free its models, and the CUDA graphs."""
     model = build(config, device)
     with device:
@@ -139,7 +132,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for peak in peaks.values():
         peak()  # warm up
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
-    results["peaks"] = interleave_stats(peaks, rounds, "llama_cuda, peaks")
+    results["peaks"] = harness.interleave_stats(peaks, rounds, "llama_cuda, peaks")
     results["generation"] = {
         size: measure_size(config, device, quick) for size, config in GENERATED.items()
     }
@@ -151,7 +144,7 @@ def measure(quick: bool) -> dict[str, Any]:
     training = training_candidates(model, reference, tokens)
     for train in training.values():
         train()  # warm up, compile
-    results["training"] = interleave_stats(training, rounds, "llama_cuda, training")
+    results["training"] = harness.interleave_stats(training, rounds, "llama_cuda, training")
     return results
 
 
@@ -164,19 +157,19 @@ def table(results: dict[str, Any]) -> str:
         for name, stats in speeds.items():
             speed = 1 / stats["next"]["median"]
             used = weights * speed / results["peaks"]["bandwidth"]["median"]
-            first = format_time(stats["first"]["median"], "ms")
-            rows.append([f"{size}, {name}", first, format_number(speed), f"{used:.0%}"])
+            first = harness.format_time(stats["first"]["median"], "ms")
+            rows.append([f"{size}, {name}", first, harness.format_number(speed), f"{used:.0%}"])
     header = [
         results["gpu"],
         "first token (ms)",
         "tokens per second",
         "share of the copy bandwidth",
     ]
-    generation = markdown_table(header, rows)
+    generation = harness.markdown_table(header, rows)
     flops = 3 * flops_per_token(TRAINED, TRAINING_SHAPE[1])
     rows = []
     for name, stats in results["training"].items():
         used = flops * stats["median"] / results["peaks"]["matmul"]["median"]
-        rows.append([name, format_number(stats["median"]), f"{used:.0%}"])
+        rows.append([name, harness.format_number(stats["median"]), f"{used:.0%}"])
     header = ["training 1B", "tokens per second", "share of a matrix product"]
-    return f"{generation}\n\n{markdown_table(header, rows)}"
+    return f"{generation}\n\n{harness.markdown_table(header, rows)}"

@@ -11,7 +11,6 @@ import lesson_code as lesson
 from real_world.common import check, make_parser, print_heading, run_cli, show
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
-from real_world.digits.plot import plot_digits
 from real_world.digits.train import TrainConfig, train_digits
 from real_world.training import save_config, show_config, with_options
 
@@ -48,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     show("losses of all steps in", folder / "losses.jsonl")
 
     if not args.no_figure:
+        from real_world.digits.plot import plot_digits
+
         predicted, _ = lesson.predict(model, digits.X_test)
         path = args.output / "digits.png"
         plot_digits(path, digits, predicted, train_losses, validation_losses)

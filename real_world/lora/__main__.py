@@ -11,7 +11,6 @@ stable_diffusion example. Their weights stay as they are; an adapter is trained 
 from real_world.common import make_parser, print_heading, run_cli, show
 from real_world.lora.config import LLAMA, STABLE_DIFFUSION
 from real_world.lora.llama import finetune_llama
-from real_world.lora.plot import plot_lora
 from real_world.lora.stable_diffusion import finetune_stable_diffusion
 from real_world.training import with_options
 
@@ -35,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         digits = finetune_stable_diffusion(config, args.output, args.device)
         print()
     if not args.no_figure:
+        from real_world.lora.plot import plot_lora
+
         path = args.output / "lora.png"
         plot_lora(path, llama, digits)
         show("figure saved to", path)

@@ -21,7 +21,6 @@ from real_world.digits.model import build_model
 from real_world.training_loop import loops
 from real_world.training_loop.losses import cumulative_share, focal_loss
 from real_world.training_loop.model import MultiTaskModel, build
-from real_world.training_loop.plot import plot_training_loop
 from real_world.training_loop.profiling import time_of_a_step
 
 EPOCHS = 20
@@ -235,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     time_of_a_step(digits, loader, args.seed, args.output / "training_loop.trace.json")
 
     if not args.no_figure:
+        from real_world.training_loop.plot import plot_training_loop
+
         path = args.output / "training_loop.png"
         plot_training_loop(path, shares, clipping, precision, tasks, schedule, stopping)
         print()
