@@ -154,7 +154,7 @@ def test_same_seed_same_data():
     X, y = lesson.make_synthetic_data(300, 5, 4, seed=7, device=DEVICE)
     assert (X.shape, X.dtype, y.shape, y.dtype) == ((300, 5), torch.float32, (300,), torch.int64)
     assert y.unique().tolist() == [0, 1, 2, 3]
-    assert X.std() == pytest.approx(1, abs=0.1)
+    assert X.std().item() == pytest.approx(1, abs=0.1)
     assert X.device.type == y.device.type == DEVICE.type
     X_again, _ = lesson.make_synthetic_data(300, 5, 4, seed=7)
     assert X_again.equal(X.cpu()), "the data must not depend on the device"
