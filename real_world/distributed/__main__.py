@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import lesson_code as lesson
 from real_world.common import (
     CheckFailed,
     bounded_int,
@@ -106,10 +107,11 @@ def run_fsdp(config: fsdp.TrainConfig, output: Path, device: torch.device) -> No
     folder = output / "fsdp"
     optimizer = fsdp.make_optimizer(model, config)
     first_step = fsdp.latest_step(folder, before=config.steps)
+    if first_step > 0:
+        check_config(folder, config, "steps")
     check_same_on_all_ranks(resumed_from_step=first_step)
     run_on_rank_0(save_config, folder, config)
     if first_step > 0:
-        check_config(folder, config, "steps")
         fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
         show("resumed from", folder / f"step-{first_step}")
     losses = fsdp.train_fsdp(model, optimizer, config, first_step, folder)
@@ -193,14 +195,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         values = {"torch": torch.__version__, "fsdp": args.fsdp, **dataclasses.asdict(config)}
         check_same_on_all_ranks(**values)
-    except CheckFailed:
+        if args.fsdp:
+            run_fsdp(fsdp_config, args.output, device)
+        else:
+            run_ddp(ddp_config, args.output, device)
+        dist.barrier()
+    except (CheckFailed, lesson.CheckpointError):  # raised by all ranks
         dist.destroy_process_group()  # otherwise, its threads may abort the process at its exit
         raise
-    if args.fsdp:
-        run_fsdp(fsdp_config, args.output, device)
-    else:
-        run_ddp(ddp_config, args.output, device)
-    dist.barrier()
     dist.destroy_process_group()
 
 
