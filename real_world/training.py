@@ -75,14 +75,15 @@ def check_config(folder: Path, config: Config, *may_differ: str) -> None:
 
 @contextlib.contextmanager
 def log_losses(
-    path: Path, optimizer: torch.optim.Optimizer, first_step: int = 0
+    path: Path, optimizer: torch.optim.Optimizer, first_step: int = 0, every: int = 10
 ) -> Iterator[OnStep]:
     """Yield an on_step for train() that writes a file of losses while a model is trained.
 
-    A line has the step, from 1, its loss and learning rate, and the seconds since the start. Call
-    this on_step before that of a schedule, which changes the learning rate. A resumed training has
-    a `first_step`; the lines of the steps before it are kept. With torch.distributed, all ranks
-    call this, and rank 0 writes the mean of their losses.
+    A line has the step, from 1, its loss and learning rate, and the seconds since this run started.
+    Lines are written `every` so many steps. Call this on_step before that of a schedule, which
+    changes the learning rate. A resumed training has a `first_step`; the lines of the steps before
+    it are kept. With torch.distributed, all ranks call this, and rank 0 writes the mean of their
+    losses.
     """
     start = time.perf_counter()
     steps: list[tuple[torch.Tensor, float, float]] = []  # loss, learning rate, seconds
@@ -90,10 +91,11 @@ def log_losses(
     distributed = dist.is_initialized()
     if distributed and dist.get_rank() > 0:
         path = Path(os.devnull)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_text().splitlines(keepends=True)[:first_step] if path.exists() else []
-    with path.open("w") as file:
-        file.writelines(kept)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text().splitlines(keepends=True)[:first_step] if path.exists() else []
+        atomic_write(path, "".join(kept).encode())
+    with path.open("a") as file:
 
         def write() -> None:
             nonlocal num_written
@@ -113,7 +115,7 @@ def log_losses(
         def on_step(step: int, loss: torch.Tensor) -> None:
             seconds = time.perf_counter() - start
             steps.append((loss, optimizer.param_groups[0]["lr"], seconds))
-            if len(steps) == 10:
+            if len(steps) == every:
                 write()  # waits for the GPU
 
         try:

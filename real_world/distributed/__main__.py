@@ -12,6 +12,7 @@ estimates how data parallel training scales to 10,000 workers.
 
 import argparse
 import dataclasses
+import functools
 import io
 import sys
 from pathlib import Path
@@ -77,10 +78,12 @@ def run_ddp(config: ddp.TrainConfig, output: Path, device: torch.device) -> None
     folder = output / "ddp"
     path = folder / "checkpoint.pt"
     model, optimizer, losses = ddp.build_or_load(path, config, device)
-    if losses:
-        check_config(folder, config, "epochs", "save_every")
-        show("resumed from", f"{path}, epoch {len(losses)}")
     check_same_on_all_ranks(resumed_from_epoch=len(losses))
+    if losses:
+        run_on_rank_0(check_config, folder, config, "epochs", "save_every")
+        show("resumed from", f"{path}, epoch {len(losses)}")
+    else:  # there may be a finished run's checkpoint, with another config
+        run_on_rank_0(functools.partial(path.unlink, missing_ok=True))
     run_on_rank_0(save_config, folder, config)
     ddp.train_ddp(model, optimizer, losses, X, y, config, path)
     show(f"loss, epochs 1 and {config.epochs}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
@@ -107,9 +110,9 @@ def run_fsdp(config: fsdp.TrainConfig, output: Path, device: torch.device) -> No
     folder = output / "fsdp"
     optimizer = fsdp.make_optimizer(model, config)
     first_step = fsdp.latest_step(folder, before=config.steps)
-    if first_step > 0:
-        check_config(folder, config, "steps")
     check_same_on_all_ranks(resumed_from_step=first_step)
+    if fsdp.latest_step(folder, before=sys.maxsize) > 0:  # all its checkpoints have one config
+        run_on_rank_0(check_config, folder, config, "steps")
     run_on_rank_0(save_config, folder, config)
     if first_step > 0:
         fsdp.load_sharded(folder / f"step-{first_step}", model, optimizer)
@@ -172,8 +175,6 @@ def main(argv: list[str] | None = None) -> None:
     ddp_config = with_options(ddp.TrainConfig(), args)
     fsdp_config = with_options(fsdp.TrainConfig(), args)
     config = fsdp_config if args.fsdp else ddp_config
-    if args.device.type == "mps":
-        parser.error("argument --device: mps has no float64, in which results are compared")
     torch.set_num_threads(1)  # several processes share the cores
     args.output.mkdir(parents=True, exist_ok=True)
     if args.scaling:
@@ -181,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         run_scaling(args, config.seed)
         return
 
+    if args.device.type == "mps":
+        parser.error("argument --device: mps has no float64, in which results are compared")
     try:
         device = local_device(args.device)
     except ValueError as error:
@@ -200,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_ddp(ddp_config, args.output, device)
         dist.barrier()
-    except (CheckFailed, lesson.CheckpointError):  # raised by all ranks
+    except (CheckFailed, lesson.CheckpointError):
         dist.destroy_process_group()  # otherwise, its threads may abort the process at its exit
         raise
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ so every process makes the same update (S. Li et al., "PyTorch Distributed", 202
 what differs from training with one process.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def train_ddp(
     criterion = scale_loss_by_shard(mean_loss, len(y_shard), len(y), world_size)  # NEW
     ddp_model = DistributedDataParallel(model)  # NEW: it trains the weights of `model`
     batches = [(X_shard, y_shard)]
-    with log_losses(path.with_name("losses.jsonl"), optimizer, first_step=len(losses)) as log:
+    every = math.gcd(10, config.save_every)  # so that no loss of a checkpoint is not written yet
+    log_path = path.with_name("losses.jsonl")
+    with log_losses(log_path, optimizer, len(losses), every) as log:
         while len(losses) < config.epochs:
             until_save = min(config.save_every, config.epochs - len(losses))
             shard_losses = lesson.train(ddp_model, batches, criterion, optimizer, until_save, log)

@@ -21,10 +21,10 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the device of this process: each has its own GPU. Raises ValueError."""
+    """Return the device of this process: with torchrun, each has its own GPU. Raises ValueError."""
     if device.type != "cuda":
         return device
-    return lesson.select_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return lesson.select_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index or 0)}")
 
 
 def init_process_group(device: torch.device, timeout: int) -> None:

@@ -82,7 +82,7 @@ def finetune_stable_diffusion(
     show_config(config)
     adapter_folder = output / "lora" / "stable_diffusion"
     latents = model.encode(train_images)
-    train_config = TrainConfig(  # its seed is not used: the weights exist, and noise has no seed
+    train_config = TrainConfig(  # not its seed, which add_adapter() has set already
         learning_rate=config.learning_rate, batch_size=config.batch_size, steps=config.steps
     )
     log_path = adapter_folder / "losses.jsonl"

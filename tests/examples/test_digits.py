@@ -108,6 +108,8 @@ def test_losses_of_an_interrupted_run_are_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt), log_losses(path, optimizer) as log:
         lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer, on_step=interrupt)
     assert len(read_losses(path)) == 13
+    with log_losses(path, optimizer, first_step=5):
+        assert len(read_losses(path)) == 5, "those before are kept, whenever it is killed"
 
 
 def test_model_that_does_not_learn_fails_the_check(tmp_path):

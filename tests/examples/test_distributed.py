@@ -85,6 +85,21 @@ def test_more_processes_than_samples():
 # Data parallel
 
 
+def test_losses_are_written_before_each_checkpoint(tmp_path, monkeypatch):
+    options = ["--device", "cpu", "--output", str(tmp_path), "--epochs", "40"]
+    distributed.main(options)
+    saved = []
+
+    def save(function, path, model, optimizer, losses):
+        assert not path.exists(), "the next run would resume a run with another learning rate"
+        assert read_losses(path.with_name("losses.jsonl")) == pytest.approx(losses, abs=1e-9)
+        saved.append(len(losses))
+
+    monkeypatch.setattr(ddp, "run_on_rank_0", save)
+    distributed.main([*options, "--save-every", "15", "--learning-rate", "0.1"])
+    assert saved == [15, 30, 40]
+
+
 def test_ddp_equals_one_process(tmp_path):
     status, output = torchrun(2, "--epochs", 50, "--save-every", 40, "--output", tmp_path)
     assert status == 0, output
@@ -230,8 +245,9 @@ def test_failed_save_is_incomplete_and_damaged_shards_get_one_line(tmp_path):
     distributed.main([*options, "2"])
     folder = tmp_path / "fsdp" / "step-2"
     message = "fsdp was trained with learning_rate 0.001, not 0.1; delete it"
-    with pytest.raises(lesson.CheckpointError, match=message):
-        distributed.main([*options, "3", "--learning-rate", "0.1"])
+    for steps in ("1", "3"):
+        with pytest.raises(lesson.CheckpointError, match=message):
+            distributed.main([*options, steps, "--learning-rate", "0.1"])
     (shard,) = folder.glob("*.distcp")
     for damage in (lambda: shard.write_bytes(shard.read_bytes()[:1000]), shard.unlink):
         damage()
