@@ -132,7 +132,7 @@ def time_first_and_next(generate_tokens: Generate, count: int) -> tuple[float, f
 
 
 def measure_generation(
-    candidates: dict[str, Generate], count: int, quick: bool
+    candidates: dict[str, Generate], count: int, rounds: int
 ) -> dict[str, dict[str, harness.Stats]]:
     """Return `first` and `next`, in seconds, of each candidate."""
     for generate_tokens in candidates.values():
@@ -141,7 +141,7 @@ def measure_generation(
         name: functools.partial(time_first_and_next, generate_tokens, count)
         for name, generate_tokens in candidates.items()
     }
-    times = harness.interleave(timers, 1 if quick else 7, "llama, generation")
+    times = harness.interleave(timers, rounds, "llama, generation")
     return {
         name: {
             "first": harness.summarize([first for first, _ in pairs]),
@@ -151,7 +151,7 @@ def measure_generation(
     }
 
 
-def measure_smollm2(quick: bool) -> tuple[dict[str, dict[str, harness.Stats]], dict[str, float]]:
+def measure_smollm2(rounds: int) -> tuple[dict[str, dict[str, harness.Stats]], dict[str, float]]:
     """Measure the speeds of SmolLM2, by candidate, and its validation loss, by dtype."""
     folder = download_smollm2(OUTPUT)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
@@ -177,7 +177,7 @@ def measure_smollm2(quick: bool) -> tuple[dict[str, dict[str, harness.Stats]], d
         candidates[name] = generate_transformers(reference, prompt, static)
     if importlib.util.find_spec("llama_cpp"):
         candidates["llama.cpp, 4-bit weights"] = load_llama_cpp(prompt[0].tolist())
-    speeds = measure_generation(candidates, ANSWER_LENGTH, quick)
+    speeds = measure_generation(candidates, ANSWER_LENGTH, rounds)
     tokens = torch.tensor(validation[:LOSS_TOKENS])
     with torch.no_grad():
         losses = {name: evaluate(model, tokens, LOSS) for name, model in models.items()}
@@ -210,7 +210,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "this example": functools.partial(time_generation, generate_here),
         "transformers": functools.partial(time_generation, generate_reference),
     }
-    speeds, losses = measure_smollm2(quick)
+    speeds, losses = measure_smollm2(rounds)
     return {
         "training": harness.interleave_stats(training, rounds, "llama, training"),
         "generation": harness.interleave_stats(generation, rounds, "llama, generation"),

@@ -34,7 +34,7 @@ QUOTE = "a 70-billion-parameter language model"
 GENERATED = {"1B": LLAMA_3_2_1B, "8B": LLAMA_3_1_8B}
 TRAINED = LLAMA_3_2_1B
 PROMPT_LENGTH = 256
-ANSWER_LENGTH = 256
+ANSWER_LENGTH = 64
 TRAINING_SHAPE = (4, 2048)  # batch size, context length
 STEPS = 5
 
@@ -102,7 +102,7 @@ def training_candidates(
 
 
 def measure_size(
-    config: LlamaConfig, device: torch.device, quick: bool
+    config: LlamaConfig, device: torch.device, rounds: int
 ) -> dict[str, dict[str, harness.Stats]]:
     """Measure generation with one configuration; free its models, and the CUDA graphs."""
     model = build(config, device)
@@ -110,7 +110,7 @@ def measure_size(
         reference = to_transformers(model)
     prompt = torch.randint(config.vocab_size, (1, PROMPT_LENGTH), device=device)
     candidates = generation_candidates(model, reference, prompt)
-    speeds = measure_generation(candidates, ANSWER_LENGTH, quick)
+    speeds = measure_generation(candidates, ANSWER_LENGTH, rounds)
     del model, reference, candidates
     torch.compiler.reset()
     gc.collect()
@@ -122,7 +122,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Measure generation at both sizes, training at the smaller, and what the GPU can do."""
     if not torch.cuda.is_available():
         sys.exit("error: the entry llama_cuda needs an NVIDIA GPU, and a PyTorch with CUDA")
-    device, rounds = torch.device("cuda"), 1 if quick else 7
+    device, rounds = torch.device("cuda"), 1 if quick else 3
     x = torch.ones(2**29, dtype=torch.bfloat16, device=device)  # 1 GiB
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     peaks = {
@@ -134,7 +134,7 @@ def measure(quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     results["peaks"] = harness.interleave_stats(peaks, rounds, "llama_cuda, peaks")
     results["generation"] = {
-        size: measure_size(config, device, quick) for size, config in GENERATED.items()
+        size: measure_size(config, device, rounds) for size, config in GENERATED.items()
     }
     model = build(TRAINED, device)
     with device:

@@ -1,4 +1,7 @@
-"""Weights in int8 with a scale per output feature: half the bytes of bfloat16 to read."""
+"""Weights in int8 with a scale per output feature: half the bytes of bfloat16 to read.
+
+torchao's tensors reach the same kernels, but PyTorch 2.13 compiles them again in every run.
+"""
 
 import torch
 from torch import nn
