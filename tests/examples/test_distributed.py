@@ -6,6 +6,8 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import matplotlib.image
 import pytest
@@ -19,7 +21,7 @@ from real_world.common import CheckFailed
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.distributed import __main__ as distributed
-from real_world.distributed import ddp, fsdp
+from real_world.distributed import ddp, fsdp, scaling
 from real_world.distributed.fsdp import shard_llama
 from real_world.distributed.process_group import Criterion, scale_loss_by_shard, shard_slice
 from real_world.distributed.scaling import StepCost, efficiency, ring_all_reduce_time
@@ -322,6 +324,16 @@ def test_efficiency():
     cost = StepCost("model", step_time=1, gradient_bytes=10**9)
     assert efficiency(cost, 1, bandwidth=1e9, latency=0) == 1
     assert efficiency(cost, 2, bandwidth=1e9, latency=0) == pytest.approx(0.5)
+
+
+def test_step_time_is_that_of_the_fastest_round(monkeypatch):
+    times = iter([0, 12] * 6 + [0, 8] + [0, 12] * 3)  # start and end of ten rounds of four steps
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(perf_counter=times.__next__))
+    criterion = Mock(wraps=nn.CrossEntropyLoss())
+    X, y = torch.ones(5, 3), torch.zeros(5, dtype=torch.int64)
+    cost = scaling.measure_step("linear", nn.Linear(3, 2), X, y, criterion)
+    assert cost == StepCost("linear", step_time=2, gradient_bytes=4 * 8)
+    assert criterion.call_count == 40
 
 
 def test_scaling_estimate_and_figure(tmp_path, capsys):

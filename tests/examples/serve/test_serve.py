@@ -59,15 +59,19 @@ def test_waiting_requests_share_a_batch_and_invalid_ones_do_not(checkpoint, mode
 
 
 def test_full_batch_does_not_wait_and_a_larger_one_is_split():
-    async def submit_three() -> list[np.ndarray]:
+    async def submit_four() -> list[np.ndarray]:
         batcher = Batcher(lambda features: features + len(features), timeout=3600)
-        futures = [batcher.submit(np.zeros((rows, 4), np.float32)) for rows in (24, 1000, 1024)]
-        return await asyncio.wait_for(asyncio.gather(*futures), 60)
+        sizes = (24, 1000, 1, 1024)
+        futures = [batcher.submit(np.zeros((rows, 4), np.float32)) for rows in sizes]
+        results = await asyncio.wait_for(asyncio.gather(*futures), 60)
+        assert batcher.queued_rows == 0
+        return results
 
-    results = asyncio.run(submit_three())
+    results = asyncio.run(submit_four())
     assert [(len(result), result.max()) for result in results] == [
         (24, 1024),
         (1000, 1024),
+        (1, 1),
         (1024, 1024),
     ]
 
@@ -92,6 +96,7 @@ def test_failing_model_fails_its_batch_only():
         await predict({"type": "http", "headers": []}, receive, send)
         batcher.predict = lambda features: features
         await predict({"type": "http", "headers": []}, receive, send)
+        assert batcher.failures == 0, "no longer in a row"
 
     asyncio.run(run())
     assert sent[::2] == [500, 500, 200]

@@ -102,7 +102,7 @@ def test_worker_whose_model_always_fails_is_replaced(tmp_path):
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
         resource.prlimit(pid, resource.RLIMIT_AS, (pages * 4096 + 2**24, pages * 4096 + 2**24))
         assert [running.predict(features)[0] for _ in range(10)] == [500] * 10
-        assert running.read_until(r"worker died +(\d+)")[1] == str(pid)
+        assert running.read_until(r"worker died +(\d+), exit status 1")[1] == str(pid)
         wait_until(lambda: answers(running))
         assert_correct(wide, features, running.predict(features))
 
