@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 # %% Section 1: Environment setup
-# In a terminal, `./setup.sh` installs all that is needed. By hand (the tests need pytest, too):
+# In a terminal, `./setup.sh` installs all. By hand, in a virtual environment (and pytest, too):
 #
 #     pip install torch torchvision torchaudio --index-url https://download.pytorch.org/whl/cpu
 #     pip install matplotlib numpy
@@ -85,7 +85,7 @@ def tensor_operations(device: torch.device):
     print("moved @ moved.T is on", (moved @ moved.T).device)
     try:
         a.to("cuda") @ a.T
-    except (RuntimeError, AssertionError) as error:  # no GPU; or a.T is still on the CPU
+    except (RuntimeError, AssertionError) as error:  # a.T is still on the CPU; or no CUDA
         print('a.to("cuda") @ a.T:', error)
 
 
@@ -251,8 +251,8 @@ def build_and_train(device: torch.device, epochs: int = 100, seed: int = 0):
     simple_net.layers = [nn.Linear(2, 2)]  # a mistake: a list registers nothing; use nn.ModuleList
     print("registered:", list(simple_net.state_dict()))  # ['linear.weight', 'linear.bias']
 
-    # A step is one update of the parameters; a batch is its samples, here all 100; an epoch is one
-    # pass over all samples. The criterion computes the loss: CrossEntropyLoss turns logits into
+    # A step is one update of the parameters; a batch, its samples, here all 100; an epoch, one pass
+    # over all samples. The criterion computes the loss: CrossEntropyLoss turns logits into
     # probabilities (softmax), and takes the mean of -ln(probability of the label).
     torch.manual_seed(seed)  # the same initial weights in every run
     model = SimpleClassifier().to(device)
@@ -282,7 +282,7 @@ def build_and_train(device: torch.device, epochs: int = 100, seed: int = 0):
     train(model, DataLoader(dataset, 20, shuffle=True), criterion, optimizer, epochs)
     loss, accuracy = evaluate(model, X_test, X_test[:, :3].argmax(dim=1))
     print(f"learned rule, new samples: loss {loss:.2f}, accuracy {accuracy:.0%}")  # loss 0.09, ...
-    # In training mode, Dropout(0.5) zeroes half of its inputs at random, and doubles the others.
+    # In training mode, Dropout(0.5) zeroes each input with probability 0.5, and doubles the others.
     dropout = nn.Dropout(0.5)
     torch.manual_seed(0)
     print("training mode:", dropout(torch.ones(4)), dropout(torch.ones(4)))
@@ -331,7 +331,7 @@ def save_checkpoint(
         "sizes": (model.fc1.in_features, model.fc1.out_features, model.fc2.out_features),
         "model_state_dict": model.state_dict(),
         "optimizer_state_dict": optimizer.state_dict(),
-        "losses": losses,
+        "losses": [float(loss) for loss in losses],
     }
     buffer = io.BytesIO()  # in memory: on a full disk, torch.save() raises RuntimeError
     torch.save(content, buffer)
@@ -354,7 +354,7 @@ def load_checkpoint(
             if archive.testzip() or any(info.external_attr & 0x10 for info in archive.infolist()):
                 raise zipfile.BadZipFile("a record is corrupted")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # shapes only; assign=True below replaces the parameters
+        with torch.device("meta"):  # no values yet; assign=True below puts in the saved ones
             model = SimpleClassifier(*content["sizes"])
         model.load_state_dict(content["model_state_dict"], assign=True)
         optimizer = torch.optim.Adam(model.to(device).parameters())  # lr is in the file

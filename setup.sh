@@ -5,7 +5,7 @@
 #   ./setup.sh --all                    and what real_world/ needs
 #   ./setup.sh python lesson_code.py    install what the lesson needs, then run a command in .venv
 #
-# PYTHON=/path/to/python3.12 ./setup.sh chooses the Python for .venv.
+# PYTHON=/path/to/python3.12 ./setup.sh chooses the Python for a new .venv.
 # shellcheck disable=SC2128 # dash and zsh read this line, too
 [ "${BASH_SOURCE-}" = "$0" ] || { echo "setup.sh: run it as ./setup.sh" >&2 && return 1 2>/dev/null || exit 1; }
 set -euo pipefail
@@ -13,7 +13,8 @@ unset CDPATH PYTHONHOME PYTHONPATH
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 venv=$here/.venv
-PATH=${PATH//"$venv/bin:"/} # where .venv is activated: it is not made with its own Python
+bin=$venv/bin:
+PATH=${PATH//"$bin"/} # where .venv is activated: it is not made with its own Python
 installed=$venv/.installed # a copy of each requirements file, and of $(identity), once all is installed
 cpu_index=https://download.pytorch.org/whl/cpu
 
@@ -21,7 +22,7 @@ say() { printf 'setup.sh: %s\n' "$1" >&2; }
 fail() { say "$1" && exit "${2:-1}"; }
 
 # The scripts of .venv contain its path, and its packages belong to one version of Python.
-identity() { printf '%s %s' "$here" "$("$venv/bin/python" -ISc 'import sys; print(sys.version)' 2>&1 || true)"; }
+identity() { printf '%s %s' "$here" "$("$venv/bin/python" -ISc 'import sys; print(sys.version_info[:2])' 2>&1 || true)"; }
 up_to_date() {
   [ "$(cat "$installed/identity" 2>/dev/null)" = "$(identity)" ] || return 1
   local file
@@ -97,10 +98,10 @@ set_up() {
     "$python" -c "$lock" 0 || true
   fi
   if [ -e "$venv" ] && { [ ! -d "$installed" ] || [ ! -w "$venv" ]; }; then
-    fail "$venv was not made by setup.sh, or by another user: move or delete it, then run this again"
+    fail "$venv was not made by setup.sh, or belongs to another user: move or delete it, then run this again"
   fi
   if [ "$(cat "$installed/identity" 2>/dev/null)" != "$(identity)" ]; then
-    [ ! -e "$venv" ] || say "an earlier set-up was interrupted, or something moved: starting again"
+    [ ! -e "$venv" ] || say "an earlier set-up was interrupted, or the folder or its Python changed: starting again"
     make_venv "$python"
   fi
   up_to_date || install
@@ -112,6 +113,9 @@ files=(requirements.txt)
 case ${1-} in
   --help | -h) sed -n '2,/^# PYTHON/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
   -*) fail "unknown option $1: use --all, --help or a command to run" 2 ;;
+esac
+case $(uname -s) in
+  MINGW* | MSYS* | CYGWIN*) fail "cannot run in Git Bash: use WSL, or the PowerShell commands in README.md" ;;
 esac
 
 up_to_date || (unset PYTHONHASHSEED PYTHONINSPECT && set_up)

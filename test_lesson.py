@@ -10,6 +10,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -227,7 +228,7 @@ def test_checkpoint_reloads_and_resumes(tmp_path):
     X, y = lesson.make_synthetic_data(50, 5, 2, device=DEVICE)
     losses = lesson.train(model, [(X, y)], CRITERION, optimizer, epochs=5)
     path = tmp_path / "model.pt"
-    lesson.save_checkpoint(path, model, optimizer, losses)
+    lesson.save_checkpoint(path, model, optimizer, [np.float64(loss) for loss in losses])
     random_state = torch.get_rng_state()
     loaded, loaded_optimizer, loaded_losses = lesson.load_checkpoint(path, DEVICE)
     assert torch.get_rng_state().equal(random_state), "loading must not draw random numbers"
@@ -236,8 +237,9 @@ def test_checkpoint_reloads_and_resumes(tmp_path):
     more = lesson.train(model, [(X, y)], CRITERION, optimizer, epochs=5)
     resumed = lesson.train(loaded, [(X, y)], CRITERION, loaded_optimizer, epochs=5)
     assert resumed == more, "training must resume exactly"
+    optimizer.param_groups[0]["lr"] = np.float64(0.01)  # no plain number: refused on loading
     with pytest.raises(lesson.CheckpointError, match="cannot load"):
-        lesson.save_checkpoint(path, model, optimizer, [nn.Linear(4, 2)])  # no plain values
+        lesson.save_checkpoint(path, model, optimizer, losses)
     model.relu = nn.Tanh()  # the file has weights only: it would come back with a ReLU
     with pytest.raises(lesson.CheckpointError, match="saves only a SimpleClassifier"):
         lesson.save_checkpoint(path, model, optimizer, losses)

@@ -213,6 +213,11 @@ def test_a_python_that_cannot_make_the_environment_is_named(project, script, mes
     assert not (project / ".venv").exists()
 
 
+def test_git_bash_is_refused(project):
+    fake = tools_and(project / "bin", uname="echo MINGW64_NT-10.0-26100")
+    assert_fails(project, "cannot run in Git Bash: use WSL, or the PowerShell", **fake)
+
+
 def test_a_python_that_does_not_exist_is_not_replaced(project):
     assert_fails(project, "/no/such/python: No such file", PYTHON="/no/such/python")
     assert not (project / ".venv").exists()
@@ -260,7 +265,9 @@ def test_pip_configured_to_install_somewhere_else_is_reported(installed, tmp_pat
         assert_fails(installed, message, PIP_CONFIG_FILE=str(config))
 
 
-NOT_OURS = "was not made by setup.sh, or by another user: move or delete it, then run this again\n"
+NOT_OURS = (
+    "was not made by setup.sh, or belongs to another user: move or delete it, then run this again\n"
+)
 
 
 def test_an_environment_of_somebody_else_is_kept(project):
