@@ -125,7 +125,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except (CheckFailed, lesson.CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:  # a bug, not a wrong path
+        # Without a path, it is a bug, or a disk or quota that is full.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"error: {error}")
 
@@ -152,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_lesson_model(path: Path) -> lesson.SimpleClassifier:
-    """Return the model of a lesson's checkpoint; if there is none yet, train and save one.
+    """Return the model of a lesson's checkpoint, in float32; if there is none, train and save one.
 
     Raises CheckpointError if the file is damaged or its weights are not finite.
     """
@@ -166,7 +167,7 @@ def load_lesson_model(path: Path) -> lesson.SimpleClassifier:
         losses = lesson.train(model, batches, nn.CrossEntropyLoss(), optimizer)
         path.parent.mkdir(parents=True, exist_ok=True)
         lesson.save_checkpoint(path, model, optimizer, losses)
-    model, _, _ = lesson.load_checkpoint(path)
+    model = lesson.load_checkpoint(path)[0].float()
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise lesson.CheckpointError(f"the weights in {path} are not finite; train the model again")
     return model

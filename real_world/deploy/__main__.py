@@ -43,7 +43,7 @@ def deploy(output: Path, cpp: bool) -> None:
     torch._inductor.config.compile_threads = 1  # do not start a pool of compiler processes
     logging.disable(logging.WARNING)  # of the libraries that ExecuTorch imports
 
-    model = load_lesson_model(output / "lesson.pt").float().requires_grad_(False).eval()
+    model = load_lesson_model(output / "lesson.pt").requires_grad_(False).eval()
     X = torch.randn(MAX_BATCH, model.fc1.in_features, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), tqdm(FORMATS, leave=False, disable=None) as progress:
         for fmt in progress:

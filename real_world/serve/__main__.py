@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         workers_kill_timeout=5,  # seconds
     )
 
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
     @server.on_startup
     def start_monitor() -> None:
         interrupt = signal.getsignal(signal.SIGTERM)
@@ -117,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
             monitor.stopping = True
             interrupt(signum, frame)  # type: ignore[operator,misc]
 
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else stop)
         threading.Thread(target=monitor.run, daemon=True).start()
 
     load = functools.partial(

@@ -32,9 +32,10 @@ class Batcher:
         future: asyncio.Future[np.ndarray] = loop.create_future()
         self.queue.append((features, future))
         self.queued_rows += len(features)
+        is_full = self.queued_rows >= MAX_BATCH_ROWS
         if self.timer is None:
-            self.timer = loop.call_later(self.timeout, self.run)
-        elif self.queued_rows >= MAX_BATCH_ROWS:
+            self.timer = loop.call_later(0 if is_full else self.timeout, self.run)
+        elif is_full and self.queued_rows - len(features) < MAX_BATCH_ROWS:  # since this request
             self.timer.cancel()
             self.timer = loop.call_soon(self.run)
         return future

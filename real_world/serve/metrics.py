@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pickle
+import random
 import socket
 import threading
 from collections import Counter
@@ -41,7 +42,9 @@ async def report(reports: socket.socket) -> None:
             pass
         except OSError:  # the supervisor is dead: nobody else would end this process
             os._exit(1)
-        await asyncio.sleep(0.5)
+        # At random: workers that a suspended computer resumes at once must not fill the socket
+        # together, round after round, with the same ones always too late.
+        await asyncio.sleep(random.uniform(0.25, 0.75))
 
 
 class Totals:

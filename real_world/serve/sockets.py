@@ -16,9 +16,9 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
     Raises CheckFailed if it is in use. Keep the socket, which does not listen, until the end.
     """
-    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind((host, port))
     except OSError as error:
         raise CheckFailed(f"cannot listen on {host} port {port}: {error.strerror}") from None

@@ -76,6 +76,28 @@ def test_full_batch_does_not_wait_and_a_larger_one_is_split():
     ]
 
 
+def test_full_request_does_not_wait_and_full_batches_are_not_postponed():
+    full = np.zeros((1024, 4), np.float32)
+    batches = []
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        batches.append(len(features))
+        return features
+
+    async def submit_often(batcher: Batcher) -> None:
+        for _ in range(50):
+            batcher.submit(full)
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        batcher = Batcher(predict, timeout=3600)
+        await asyncio.wait_for(batcher.submit(full), 60)
+        await asyncio.gather(submit_often(batcher), submit_often(batcher))
+        assert len(batches) > 40, "about one in every round of the event loop"
+
+    asyncio.run(run())
+
+
 def test_failing_model_fails_its_batch_only():
     """And a bug of the application is an error 500."""
     sent = []

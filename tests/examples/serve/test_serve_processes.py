@@ -164,15 +164,15 @@ def answers(running: Server) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("how", "status"),
+    ("how", "workers", "status"),
     [
-        ("supervisor killed", -signal.SIGKILL),
-        ("no file left for a new worker", 1),
-        ("output closed", 0),
+        ("supervisor killed", 2, -signal.SIGKILL),
+        ("no file left for a new worker", 2, 1),
+        ("output closed", 1, 0),
     ],
 )
-def test_workers_end_with_the_supervisor(checkpoint, how, status):
-    with Server("--workers", 2, "--checkpoint", checkpoint) as running:
+def test_workers_end_with_the_supervisor(checkpoint, how, workers, status):
+    with Server("--workers", workers, "--checkpoint", checkpoint) as running:
         if how == "supervisor killed":
             running.process.kill()
         elif how == "no file left for a new worker":
@@ -204,9 +204,10 @@ def test_unix_domain_socket_and_access_log(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_few_open_files_limit_the_connections(checkpoint):
+def test_few_open_files_limit_the_connections_and_nohup_is_respected(checkpoint):
     options = ("--workers", 1, "--checkpoint", checkpoint)
-    with Server(*options, prefix=("prlimit", "--nofile=128")) as running:
+    with Server(*options, prefix=("nohup", "prlimit", "--nofile=128")) as running:
+        os.kill(running.process.pid, signal.SIGHUP)
         assert "connections per worker           28, because `ulimit -Hn` is 128" in running.output
         with contextlib.ExitStack() as stack:
             for _ in range(200):
