@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from real_world.benchmark import harness
-from real_world.common import print_heading, run_cli, show
+from real_world.common import atomic_write, print_heading, run_cli, show
 
 
 def load_entry(name: str) -> ModuleType:
@@ -32,7 +32,8 @@ def render(name: str) -> None:
         entry.plot(results, figure)
         show("figure saved to", figure)
     readme = harness.readme_path(name)
-    readme.write_text(harness.replace_table(readme.read_text(), name, entry.table(results)))
+    text = harness.replace_table(readme.read_text(), name, entry.table(results))
+    atomic_write(readme, text.encode())
     show("table written to", readme)
 
 

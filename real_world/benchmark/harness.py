@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from real_world.common import atomic_write
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "real_world"
@@ -176,7 +178,7 @@ def save_results(entry: str, machine: dict[str, Any], quick: bool, results: dict
     """Replace an entry of docs/benchmark.json."""
     content = load_results()
     content[entry] = {"machine": machine, "quick": quick, "results": results}
-    (DOCS / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
+    atomic_write(DOCS / "benchmark.json", f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def readme_path(entry: str) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,15 +46,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def answers(url: str) -> bool:
-    """Return whether a server answers a request; its workers first import torch."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/predict", BODY, headers)
+def answers(port: int) -> bool:
+    """Return whether a server answers yet; its workers first import torch.
+
+    Raises RuntimeError if it refuses the request.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
-        urllib.request.urlopen(request, timeout=60).close()
+        connection.request("POST", "/predict", BODY, {"Content-Type": "application/json"})
+        response = connection.getresponse()
     except OSError:
         return False
-    return True
+    finally:
+        connection.close()
+    if 400 <= response.status < 500:  # of a model with other features, for example
+        raise RuntimeError(f"status {response.status} for {BODY.decode()}")
+    return response.status == 200
 
 
 class Server(NamedTuple):
@@ -74,7 +81,7 @@ def run_server(module: str, *options: str) -> Iterator[Server]:
         command, cwd=harness.ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     ) as server:
         try:
-            while not answers(url):
+            while not answers(port):
                 if server.poll() is not None:
                     raise RuntimeError(f"{module} ended with status {server.returncode}")
                 time.sleep(0.1)

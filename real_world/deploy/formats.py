@@ -36,7 +36,7 @@ class CannotExport(Exception):
 # %% TorchScript, which is deprecated
 def export_torchscript(model: lesson.SimpleClassifier, path: Path) -> None:
     """Compile the source of forward() to TorchScript, and save it with the weights."""
-    torch.jit.script(model).save(path)
+    path.write_bytes(torch.jit.script(model).save_to_buffer())  # save() aborts on a full disk
 
 
 def load_torchscript(path: Path, model: lesson.SimpleClassifier) -> Forward:

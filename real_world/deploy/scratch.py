@@ -24,7 +24,8 @@ def scratch_dir(output: Path) -> Iterator[None]:
         sys.exit(128 + signum)
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGHUP, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, stop)
     descriptor = os.open(output, os.O_RDONLY)
     try:  # the end of a process unlocks it
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
