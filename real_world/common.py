@@ -26,14 +26,13 @@ class CheckFailed(Exception):
     """A check of an example did not pass."""
 
 
-def check(
-    label: str, value: object, passed: bool | torch.Tensor, fully_trained: bool = True
-) -> None:
+def check(label: str, value: object, passed: bool | torch.Tensor, as_tested: bool = True) -> None:
     """Print a label, a value and `ok`; raise CheckFailed if the check did not pass.
 
-    After a training that a person made shorter, which may fail it, only print label and value.
+    A training that a person changed (not `as_tested`) may fail it: then, only label and value are
+    printed.
     """
-    if not fully_trained:
+    if not passed and not as_tested:
         show(label, value)
         return
     print(f"  {label:<32} {value!s:<42} {'ok' if passed else 'FAILED'}")

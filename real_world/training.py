@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 import lesson_code as lesson
-from real_world.common import atomic_write, read_json, show
+from real_world.common import CheckFailed, atomic_write, read_json, show
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,6 +36,11 @@ def with_options(config: Config, args: argparse.Namespace) -> Config:
     values = {name: getattr(args, name) for name in dataclasses.asdict(config)}
     given = {name: value for name, value in values.items() if value is not None}
     return dataclasses.replace(config, **given)
+
+
+def as_tested(config: Config, default: Config) -> bool:
+    """Return whether a config is the default, but for its seed: then, an example's checks hold."""
+    return dataclasses.replace(config, seed=default.seed) == default  # type: ignore[attr-defined,call-arg]
 
 
 def show_config(config: Config) -> None:
@@ -154,7 +160,8 @@ def one_cycle(
     """Yield an on_step for train(): the progress, a file of losses, and a learning rate schedule.
 
     The learning rate rises to that of the optimizer for a tenth of the steps, at least two, because
-    Adam's averages of the gradients are rough at first. Then it decays to nearly 0 (cosine).
+    Adam's averages of the gradients are rough at first. Then it decays to nearly 0 (cosine). At the
+    end, raises CheckFailed if the last loss is not finite.
     """
     lr_scheduler = OneCycleLR(
         optimizer,
@@ -172,3 +179,5 @@ def one_cycle(
             lr_scheduler.step()
 
         yield on_step
+    if not math.isfinite(read_losses(log_path)[-1]):
+        raise CheckFailed(f"{title}: the training diverged; choose a lower --learning-rate")

@@ -154,8 +154,8 @@ def load_weights(
         paths = [path]
     elif index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
+        if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+            raise CheckpointError(f"{index} has no weight_map, of names and files")
         paths = sorted(folder / file for file in set(weight_map.values()))
     else:
         message = "pickled weights (.bin, .pth), which can run code, are not supported"
@@ -176,7 +176,8 @@ def load_weights(
             del state_dict[name]
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in state_dict.values()})
     if dtype is not None:
-        state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
+        for name in state_dict:  # one at a time: the memory need not hold all of them twice
+            state_dict[name] = state_dict[name].to(dtype)
     elif len(dtypes) > 1:
         raise CheckpointError(f"{folder} mixes {' and '.join(dtypes)}; choose one with --dtype")
     return state_dict
@@ -222,16 +223,16 @@ def load_pretrained(
         path = folder / "generation_config.json"  # instruct models end a turn by another token
         if path.exists() and (eos := read_eos_token_ids(read_json(path))):
             config = replace(config, eos_token_ids=eos)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the configuration of a Llama: {error!r}") from None
     state_dict = load_weights(folder, device, dtype)
     if config.tie_word_embeddings:
         config = share_embedding(config, state_dict)
-    with torch.device("meta"):  # shapes only: no memory, no random weights
-        model = Llama(config)
     try:
+        with torch.device("meta"):  # shapes only: no memory, no random weights
+            model = Llama(config)
         model.load_state_dict(state_dict, assign=True)
-    except RuntimeError as error:  # lists missing and unexpected names, and different shapes
+    except (RuntimeError, TypeError) as error:  # wrong sizes, or names or shapes that do not match
         raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
     model.tie_weights()
     return model.to(device)

@@ -51,7 +51,9 @@ class RandomWindows(IterableDataset):
         num_starts = len(self.text) - self.context_length
         for _ in range(self.steps):
             starts = torch.randint(num_starts, (self.batch_size, 1), generator=self.generator)
-            windows = self.text[starts + offsets].long()  # (batch_size, context_length + 1)
+            # Without waiting for a GPU, which indexing by a tensor of the CPU would do.
+            indices = (starts + offsets).to(self.text.device, non_blocking=True)
+            windows = self.text[indices].long()  # (batch_size, context_length + 1)
             yield windows[:, :-1], windows[:, 1:]
 
 

@@ -19,6 +19,7 @@ import gguf
 import tokenizers
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -44,7 +45,11 @@ def convert_weights(path: Path, folder: Path) -> None:
     state_dict = model.state_dict()
     if model.config.tie_word_embeddings:
         del state_dict["lm_head.weight"]
-    save_file(state_dict, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    try:
+        save_file(state_dict, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the disk is full, for example
+        raise CheckpointError(f"cannot write {path}: {error}") from None
     (folder / "config.json").write_text(f"{json.dumps(config, indent=2)}\n")
 
 

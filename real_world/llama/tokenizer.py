@@ -29,7 +29,7 @@ class HuggingFaceTokenizer:
         try:
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent).backend_tokenizer
         except Exception as error:  # of any type
-            raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+            raise CheckpointError(f"cannot load the tokenizer of {path.parent}: {error}") from None
         self.tokenizer.no_truncation()  # fine-tuning stores both in the file
         self.tokenizer.no_padding()
         self.vocab_size = vocab_size

@@ -35,8 +35,8 @@ SUPPORTED_VALUES: dict[str, tuple] = {
 }
 
 
-def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
-    """Save the adapter of a model; return the file with the weights.
+def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Save the adapter of a model.
 
     Args:
         model: changed by apply_lora().
@@ -49,7 +49,6 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> Path:
     state_dict = model.state_dict()
     weights = {f"{PREFIX}{name}": state_dict[name] for name in state_dict if "lora_" in name}
     atomic_write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-    return folder / WEIGHTS_FILE
 
 
 def read_config(path: Path) -> LoraConfig:

@@ -17,9 +17,10 @@ from real_world.llama.pretrained import download_smollm2
 from real_world.llama.sampling import GREEDY
 from real_world.llama.tokenizer import Tokenizer, load_tokenizer
 from real_world.llama.train import TrainConfig, evaluate, next_token_loss, train_llama
+from real_world.lora.adapter import save_adapter
 from real_world.lora.config import LLAMA, FinetuneConfig
 from real_world.lora.verify import add_adapter, check_adapter, count_parameters
-from real_world.training import save_config, show_config
+from real_world.training import as_tested, save_config, show_config
 
 CONTEXT_LENGTH = TrainConfig.context_length
 TARGET_MODULES = ("q_proj", "v_proj")  # those of the paper's experiments (section 4.2)
@@ -95,17 +96,18 @@ def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -
     show_config(config)
     adapter_folder = output / "lora" / "llama"
     losses = train_llama(model, train_tokens, train_config, adapter_folder)
+    save_config(adapter_folder, config)
+    save_adapter(model, lora_config, adapter_folder)
     loss_after = evaluate(model, validation_tokens[: EVAL_TOKENS + 1], train_config)
     sample_after = print_sample("Generated after training", model, tokenizer)
 
     print()
     value = f"{loss_before:.4f} -> {loss_after:.4f} nats per token"
-    check("validation loss", value, loss_after < loss_before, config.steps >= LLAMA.steps)
+    check("validation loss", value, loss_after < loss_before, as_tested(config, LLAMA))
     evaluated = tokenizer.decode(validation_tokens[1 : EVAL_TOKENS + 1].tolist())
     per_byte = EVAL_TOKENS / len(evaluated.encode())
     show("", f"{per_byte * loss_before:.4f} -> {per_byte * loss_after:.4f} nats per byte")
     base_model = load_pretrained(folder, device)
     print_costs(model, base_model)
-    save_config(adapter_folder, config)
-    check_adapter(model, base_model, lora_config, adapter_folder, X)
+    check_adapter(model, base_model, adapter_folder, X)
     return LlamaResult(losses, loss_before, loss_after, sample_before, sample_after)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from real_world.common import check, show
-from real_world.lora.adapter import load_adapter, save_adapter
+from real_world.lora.adapter import WEIGHTS_FILE, load_adapter
 from real_world.lora.config import FinetuneConfig
 from real_world.lora.lora import LoraConfig, apply_lora, merge_lora
 
@@ -40,19 +40,17 @@ def add_adapter(
 def check_adapter(
     model: nn.Module,
     base_model: nn.Module,
-    config: LoraConfig,
     folder: Path,
     X: object,
 ) -> None:
-    """Save a trained adapter, load it, and merge it.
+    """Load a trained adapter that has been saved, and merge it.
 
     Raises CheckFailed if the weights of the base model changed, or if outputs differ.
 
     Args:
         model: changed by apply_lora(), and trained.
         base_model: the model before apply_lora(); the adapter is merged into it, in place.
-        config: what apply_lora() was given.
-        folder: where the adapter is saved.
+        folder: where the adapter is.
         X: an input of the model, for the comparisons.
     """
     trained = {  # by the names that they had before apply_lora()
@@ -62,7 +60,6 @@ def check_adapter(
     unchanged = all(trained[name].equal(weights[name]) for name in weights)
     check("weights of the base model", "unchanged", unchanged)
 
-    path = save_adapter(model, config, folder)
     load_adapter(base_model, folder)
     outputs = model(X)
     difference = (base_model(X) - outputs).abs().max().item()
@@ -70,6 +67,6 @@ def check_adapter(
     merge_lora(base_model)
     difference = (base_model(X) - outputs).abs().max().item()
     check("merged adapter", f"max. difference {difference:.0e}", difference < 1e-3)
-    size, base_size = path.stat().st_size, 4 * count_parameters(base_model)
+    size, base_size = (folder / WEIGHTS_FILE).stat().st_size, 4 * count_parameters(base_model)
     show("adapter saved to", folder)
     show("adapter size", f"{size / 1e3:,.0f} kB; the model has {base_size / 1e3:,.0f} kB")

@@ -18,7 +18,7 @@ from real_world.digits import __main__ as digits
 from real_world.digits.data import load_digits
 from real_world.digits.model import build_model
 from real_world.digits.plot import plot_digits
-from real_world.training import log_losses, read_losses
+from real_world.training import log_losses, one_cycle, read_losses
 
 
 def test_split_is_a_seeded_partition():
@@ -112,7 +112,22 @@ def test_losses_of_an_interrupted_run_are_kept(tmp_path):
         assert len(read_losses(path)) == 5, "those before are kept, whenever it is killed"
 
 
-def test_model_that_does_not_learn_fails_the_check(tmp_path):
-    options = ["--device", "cpu", "--no-figure", "--output", str(tmp_path), "--learning-rate", "0"]
+def test_model_that_does_not_learn_fails_the_check(tmp_path, monkeypatch, capsys):
+    options = ["--device", "cpu", "--no-figure", "--output", str(tmp_path)]
+    digits.main([*options, "--learning-rate", "0", "--epochs", "1"])
+    assert re.search(r"test accuracy +[\d.]+%, chance level 10%\n", capsys.readouterr().out)
+    monkeypatch.setattr(digits, "train_digits", lambda *_: ([2.0], [2.0]))
     with pytest.raises(CheckFailed, match="test accuracy"):
         digits.main(options)
+
+
+def test_training_that_diverges_is_reported_before_it_is_saved(tmp_path):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    batches = [(torch.ones(1, 1), torch.zeros(1, 1))] * 20
+    message = "Name: the training diverged; choose a lower --learning-rate"
+    with (
+        pytest.raises(CheckFailed, match=message),
+        one_cycle("Name", optimizer, 20, tmp_path / "losses.jsonl") as on_step,
+    ):
+        lesson.train(model, batches, nn.MSELoss(), optimizer, epochs=1, on_step=on_step)

@@ -129,6 +129,10 @@ def test_config_json_as_published_and_its_defaults(tmp_path):
         ({"num_key_value_heads": 3}, "a multiple of num_key_value_heads"),
         ({"vocab_size": "97"}, "vocab_size is '97'"),
         ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ({"rope_scaling": "linear"}, "is not the configuration of a Llama"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "'Tensor' and 'str'"),
+        ({"num_hidden_layers": 2.0}, "'float' object cannot be interpreted as an integer"),
+        ({"vocab_size": -1}, "negative dimension"),
         ({}, r"model\.safetensors is damaged"),
     ],
 )
@@ -159,6 +163,7 @@ INDEX = "model.safetensors.index.json"
         (INDEX, b"", f"{INDEX} is not JSON"),
         (INDEX, b"[]", f"{INDEX} is not a JSON object"),
         (INDEX, b"{}", f"{INDEX} has no weight_map"),
+        (INDEX, b'{"weight_map": {"a": 5}}', f"{INDEX} has no weight_map"),
         (INDEX, b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
     ],
 )

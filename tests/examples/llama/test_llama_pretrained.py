@@ -91,11 +91,12 @@ def test_command_line_answers_as_in_the_readme(smollm2, capsys):
     assert capsys.readouterr().out == "One, two, three, four, five, six,\n"
 
 
-def test_special_token_as_stop_text_is_refused(smollm2):
+@pytest.mark.parametrize("stop", ["<|im_end|>", "Answer<|im_end|>"])
+def test_special_token_in_a_stop_text_is_refused(stop, smollm2):
     """It is not part of the decoded text, so it would never be found."""
     options = ["--pretrained", "smollm2", "--output", str(smollm2.parent), "--prompt", "a"]
-    with pytest.raises(CheckFailed, match=r"--stop '<.im_end.>' is a special token"):
-        llama.main([*options, "--stop", "<|im_end|>"])
+    with pytest.raises(CheckFailed, match=r"--stop '.*<.im_end.>' has a special token"):
+        llama.main([*options, "--stop", stop])
 
 
 def test_tokens_and_text_equal_transformers(smollm2):
