@@ -75,6 +75,8 @@ def test_times_are_per_step_and_per_call(clock, monkeypatch, capsys):
     assert harness.time_call(lambda: clock.sleep(3)) == 3
     assert cuda.time_step(lambda steps: clock.sleep(0.5 * steps), 4) == 0.5
     assert inference.time_forward(lambda batch: clock.sleep(0.25), torch.zeros(1), 8) == 0.25
+    first_and_next = llama.time_first_and_next(lambda count: clock.sleep(2 + 0.5 * count), 4)
+    assert first_and_next == (2.5, 0.5)
     monkeypatch.setattr(frameworks, "build_training", lambda *_: lambda n: clock.sleep(0.125 * n))
     monkeypatch.setattr(sys, "stdin", ["\n", "\n"])
     frameworks.main("PyTorch, train()", TINY)
