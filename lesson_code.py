@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 # %% Section 1: Environment setup
-# In a terminal, `./setup.sh` installs all. By hand, in a virtual environment (and pytest, too):
+# `./setup.sh` installs everything. By hand, in a virtual environment (the tests need pytest, too):
 #
 #     pip install torch torchvision torchaudio --index-url https://download.pytorch.org/whl/cpu
 #     pip install matplotlib numpy
@@ -251,8 +251,8 @@ def build_and_train(device: torch.device, epochs: int = 100, seed: int = 0):
     simple_net.layers = [nn.Linear(2, 2)]  # a mistake: a list registers nothing; use nn.ModuleList
     print("registered:", list(simple_net.state_dict()))  # ['linear.weight', 'linear.bias']
 
-    # A step is one update of the parameters; a batch, its samples, here all 100; an epoch, one pass
-    # over all samples. The criterion computes the loss: CrossEntropyLoss turns logits into
+    # A step is one update of the parameters, from a batch of samples (here all 100); an epoch is a
+    # pass over all samples. The criterion computes the loss: CrossEntropyLoss turns logits into
     # probabilities (softmax), and takes the mean of -ln(probability of the label).
     torch.manual_seed(seed)  # the same initial weights in every run
     model = SimpleClassifier().to(device)

@@ -83,13 +83,12 @@ def check_config(folder: Path, config: Config, *may_differ: str) -> None:
 def log_losses(
     path: Path, optimizer: torch.optim.Optimizer, first_step: int = 0, every: int = 10
 ) -> Iterator[OnStep]:
-    """Yield an on_step for train() that writes a file of losses while a model is trained.
+    """Yield an on_step for train() that writes a file of losses, `every` so many steps.
 
     A line has the step, from 1, its loss and learning rate, and the seconds since this run started.
-    Lines are written `every` so many steps. Call this on_step before that of a schedule, which
-    changes the learning rate. A resumed training has a `first_step`; the lines of the steps before
-    it are kept. With torch.distributed, all ranks call this, and rank 0 writes the mean of their
-    losses.
+    Call this on_step before that of a schedule, which changes the learning rate. A resumed training
+    has a `first_step`; the lines of the steps before it are kept. With torch.distributed, all ranks
+    call this, and rank 0 writes the mean of their losses.
     """
     start = time.perf_counter()
     steps: list[tuple[torch.Tensor, float, float]] = []  # loss, learning rate, seconds
@@ -180,4 +179,4 @@ def one_cycle(
 
         yield on_step
     if not math.isfinite(read_losses(log_path)[-1]):
-        raise CheckFailed(f"{title}: the training diverged; choose a lower --learning-rate")
+        raise CheckFailed(f"{title}: the training diverged; choose a lower learning rate")

@@ -59,7 +59,7 @@ def answers(port: int) -> bool:
         return False
     finally:
         connection.close()
-    if 400 <= response.status < 500:  # of a model with other features, for example
+    if 400 <= response.status < 500:
         raise RuntimeError(f"status {response.status} for {BODY.decode()}")
     return response.status == 200
 

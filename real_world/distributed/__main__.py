@@ -110,8 +110,9 @@ def run_fsdp(config: fsdp.TrainConfig, output: Path, device: torch.device) -> No
     folder = output / "fsdp"
     optimizer = fsdp.make_optimizer(model, config)
     first_step = fsdp.latest_step(folder, before=config.steps)
-    check_same_on_all_ranks(resumed_from_step=first_step)
-    if fsdp.latest_step(folder, before=sys.maxsize) > 0:  # all its checkpoints have one config
+    latest_step = fsdp.latest_step(folder, before=sys.maxsize)
+    check_same_on_all_ranks(resumed_from_step=first_step, latest_step=latest_step)
+    if latest_step > 0:  # all checkpoints in a folder have one config
         run_on_rank_0(check_config, folder, config, "steps")
     run_on_rank_0(save_config, folder, config)
     if first_step > 0:

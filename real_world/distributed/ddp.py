@@ -86,7 +86,8 @@ def train_ddp(
     criterion = scale_loss_by_shard(mean_loss, len(y_shard), len(y), world_size)  # NEW
     ddp_model = DistributedDataParallel(model)  # NEW: it trains the weights of `model`
     batches = [(X_shard, y_shard)]
-    every = math.gcd(10, config.save_every)  # so that no loss of a checkpoint is not written yet
+    # Losses are written at every save, too, so that the file has all those of the checkpoint.
+    every = math.gcd(10, config.save_every, config.epochs - len(losses))
     log_path = path.with_name("losses.jsonl")
     with log_losses(log_path, optimizer, len(losses), every) as log:
         while len(losses) < config.epochs:

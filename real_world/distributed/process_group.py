@@ -69,7 +69,7 @@ def check_same_on_all_ranks(**values: object) -> None:
 
 
 def run_on_rank_0(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function that writes a file, on rank 0; if it fails, all raise CheckpointError."""
+    """Call a function that uses files, on rank 0; if it fails, all raise CheckpointError."""
     message: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

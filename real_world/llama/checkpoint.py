@@ -155,7 +155,7 @@ def load_weights(
     elif index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
-            raise CheckpointError(f"{index} has no weight_map, of names and files")
+            raise CheckpointError(f"{index} has no weight_map")
         paths = sorted(folder / file for file in set(weight_map.values()))
     else:
         message = "pickled weights (.bin, .pth), which can run code, are not supported"

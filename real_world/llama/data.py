@@ -51,8 +51,8 @@ class RandomWindows(IterableDataset):
         num_starts = len(self.text) - self.context_length
         for _ in range(self.steps):
             starts = torch.randint(num_starts, (self.batch_size, 1), generator=self.generator)
-            # Without waiting for a GPU, which indexing by a tensor of the CPU would do.
-            indices = (starts + offsets).to(self.text.device, non_blocking=True)
+            # Without waiting for CUDA, as indexing by a tensor of the CPU would.
+            indices = (starts + offsets).to(self.text.device, non_blocking=self.text.is_cuda)
             windows = self.text[indices].long()  # (batch_size, context_length + 1)
             yield windows[:, :-1], windows[:, 1:]
 

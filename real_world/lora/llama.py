@@ -73,7 +73,7 @@ def print_costs(model: Llama, base_model: Llama) -> None:
 
 
 def finetune_llama(config: FinetuneConfig, output: Path, device: torch.device) -> LlamaResult:
-    """Train an adapter, evaluate it on the validation text, and save it in `output`/lora/llama."""
+    """Train an adapter, save it in `output`/lora/llama, and evaluate it on the validation text."""
     print("  Llama: SmolLM2-135M-Instruct on Python's language reference")
     folder = download_smollm2(output)
     model = load_pretrained(folder, device)

@@ -14,9 +14,9 @@ from real_world.lora.verify import add_adapter, check_adapter
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import nearest_distances, train_classifier
 from real_world.stable_diffusion.pipeline import LatentDiffusion
-from real_world.stable_diffusion.train import TrainConfig, train_or_load, train_unet
+from real_world.stable_diffusion.train import TrainConfig, saved_config, train_or_load, train_unet
 from real_world.stable_diffusion.unet import UNetInput
-from real_world.training import as_tested, load_config, save_config, show_config
+from real_world.training import as_tested, save_config, show_config
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out")  # all linear layers of the attention
 DIGIT = 7
@@ -60,13 +60,13 @@ class Evaluation:
 def finetune_stable_diffusion(
     config: FinetuneConfig, output: Path, device: torch.device
 ) -> DigitsResult:
-    """Train an adapter on twenty images, compare generated digits, and save it.
+    """Train an adapter on twenty images, save it, and compare generated digits.
 
     It is saved in `output`/lora/stable_diffusion; the base model is in `output`/stable_diffusion.
     """
     print(f"  Stable Diffusion: the prompt {DIGIT}, from {NUM_IMAGES} mirrored images")
     base_folder = output / "stable_diffusion"
-    base_config = load_config(base_folder, TrainConfig())
+    base_config = saved_config(base_folder)
     model = train_or_load(base_config, base_folder, device)
     data = load_images(device)
     train_images = data.X_train[data.y_train == DIGIT][:NUM_IMAGES].flip(-1)  # mirrored

@@ -37,12 +37,7 @@ def add_adapter(
 
 
 @torch.no_grad()
-def check_adapter(
-    model: nn.Module,
-    base_model: nn.Module,
-    folder: Path,
-    X: object,
-) -> None:
+def check_adapter(model: nn.Module, base_model: nn.Module, folder: Path, X: object) -> None:
     """Load a trained adapter that has been saved, and merge it.
 
     Raises CheckFailed if the weights of the base model changed, or if outputs differ.

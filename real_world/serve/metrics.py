@@ -42,8 +42,7 @@ async def report(reports: socket.socket) -> None:
             pass
         except OSError:  # the supervisor is dead: nobody else would end this process
             os._exit(1)
-        # At random: workers that a suspended computer resumes at once must not fill the socket
-        # together, round after round, with the same ones always too late.
+        # At random times: after a suspension, the same workers must not always find it full.
         await asyncio.sleep(random.uniform(0.25, 0.75))
 
 

@@ -16,10 +16,10 @@ import torch
 from real_world.common import make_parser, nonnegative_float, print_heading, run_cli, show
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import check_schedulers, evaluate_generation
-from real_world.stable_diffusion.pipeline import WEIGHTS_FILE, LatentDiffusion
+from real_world.stable_diffusion.pipeline import LatentDiffusion
 from real_world.stable_diffusion.plot import plot_example, save_images, to_text
-from real_world.stable_diffusion.train import TrainConfig, train_or_load
-from real_world.training import as_tested, load_config, read_losses, with_options
+from real_world.stable_diffusion.train import TrainConfig, saved_config, train_or_load
+from real_world.training import as_tested, read_losses, with_options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         "Stable Diffusion in miniature", "Stability AI's Stable Diffusion fine-tuning pipelines"
     )
     folder = args.output / "stable_diffusion"
-    config = with_options(TrainConfig(), args)
-    if (folder / WEIGHTS_FILE).exists():  # its own values, where no option has been given
-        config = with_options(load_config(folder, TrainConfig()), args)
+    config = with_options(saved_config(folder), args)
     seed = with_options(TrainConfig(), args).seed  # of the images
     model = train_or_load(config, folder, args.device)
     if args.prompt is not None:

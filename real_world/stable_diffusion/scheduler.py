@@ -35,7 +35,8 @@ class NoiseScheduler:
 
     def sqrt_alpha_prods(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors of the clean latents and of the noise, (batch, 1, 1, 1) each."""
-        alphas_cumprod = self.alphas_cumprod.to(timesteps.device, non_blocking=True)
+        device, is_cuda = timesteps.device, timesteps.is_cuda
+        alphas_cumprod = self.alphas_cumprod.to(device, non_blocking=is_cuda)
         alpha_prod = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
 

@@ -21,7 +21,14 @@ from real_world.stable_diffusion.pipeline import (
 from real_world.stable_diffusion.scheduler import NoiseScheduler
 from real_world.stable_diffusion.unet import UNet
 from real_world.stable_diffusion.vae import VAE, vae_loss
-from real_world.training import check_config, one_cycle, option, save_config, show_config
+from real_world.training import (
+    check_config,
+    load_config,
+    one_cycle,
+    option,
+    save_config,
+    show_config,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,13 @@ def train_unet(
         losses = lesson.train(unet, loader, nn.functional.mse_loss, optimizer, 1, on_step)
     unet.load_state_dict(ema_model.module.state_dict())
     return losses
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """Return the config of the model in a folder; the default if there is no model."""
+    if (folder / WEIGHTS_FILE).exists():
+        return load_config(folder, TrainConfig())
+    return TrainConfig()
 
 
 def train_or_load(config: TrainConfig, folder: Path, device: torch.device) -> LatentDiffusion:

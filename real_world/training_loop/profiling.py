@@ -50,7 +50,7 @@ def profile_steps(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     epochs: int,
     trace_path: Path | None = None,
-    fused: bool | None = None,  # Adam's default: False on a CPU, one launch for all on a GPU
+    fused: bool | None = None,  # None: Adam's default
 ) -> StepProfile:
     """Time training steps with Adam, without and with the profiler; save the fastest run's trace.
 

@@ -125,7 +125,7 @@ def test_training_that_diverges_is_reported_before_it_is_saved(tmp_path):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
     batches = [(torch.ones(1, 1), torch.zeros(1, 1))] * 20
-    message = "Name: the training diverged; choose a lower --learning-rate"
+    message = "Name: the training diverged; choose a lower learning rate"
     with (
         pytest.raises(CheckFailed, match=message),
         one_cycle("Name", optimizer, 20, tmp_path / "losses.jsonl") as on_step,
