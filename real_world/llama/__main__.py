@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     folder = args.output / "llama"
     config: TrainConfig = args.config
+    if (folder / "config.json").exists() and not (folder / "train_config.json").exists():
+        raise CheckFailed(f"{folder} has a model that was not trained here: use another --output")
     show("parameters", f"{num_parameters(LLAMA_TINY):,}")
 
     print("\n  Compared with transformers' LlamaForCausalLM, with the same random weights")

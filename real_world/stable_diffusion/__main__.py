@@ -13,7 +13,14 @@ import argparse
 
 import torch
 
-from real_world.common import make_parser, nonnegative_float, print_heading, run_cli, show
+from real_world.common import (
+    CheckFailed,
+    make_parser,
+    nonnegative_float,
+    print_heading,
+    run_cli,
+    show,
+)
 from real_world.stable_diffusion.data import load_images
 from real_world.stable_diffusion.evaluate import check_schedulers, evaluate_generation
 from real_world.stable_diffusion.pipeline import LatentDiffusion
@@ -43,6 +50,8 @@ def generate_prompt(model: LatentDiffusion, args: argparse.Namespace, seed: int)
     prompts = torch.full((4,), args.prompt, device=args.device)
     guidance_scale = 3.0 if args.guidance is None else args.guidance
     images = model.generate(prompts, guidance_scale, args.inference_steps, seed)
+    if not images.isfinite().all():
+        raise CheckFailed(f"--guidance {guidance_scale:g} is too large: the pixels are not finite")
     print(f"\n{to_text(images)}\n")
     if not args.no_figure:
         path = args.output / f"stable_diffusion-{args.prompt}.png"

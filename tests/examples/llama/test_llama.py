@@ -182,6 +182,14 @@ def test_model_that_does_not_learn_fails_the_check(monkeypatch, tmp_path):
         llama.main(["--device", "cpu", "--output", str(tmp_path), "--max-new-tokens", "1"])
 
 
+def test_model_of_somebody_else_is_not_replaced(tmp_path):
+    save_pretrained(build(), tmp_path / "llama")
+    before = (tmp_path / "llama" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckFailed, match="llama has a model that was not trained here"):
+        llama.main(["--device", "cpu", "--output", str(tmp_path)])
+    assert (tmp_path / "llama" / "model.safetensors").read_bytes() == before
+
+
 def test_printed_costs_are_those_of_the_readme(story):
     readme = (REAL_WORLD / "llama" / "README.md").read_text(encoding="utf-8")
     shown = readme[readme.index("  Costs at a context") : readme.index("\n  figure saved to")]

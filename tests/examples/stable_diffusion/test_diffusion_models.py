@@ -7,7 +7,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from real_world.stable_diffusion.data import NoisyLatents
 from real_world.stable_diffusion.scheduler import NoiseScheduler
-from real_world.stable_diffusion.train import TrainConfig, train_unet
+from real_world.stable_diffusion.train import TrainConfig, saved_config, train_unet
 from real_world.stable_diffusion.unet import (
     NULL_CLASS,
     Attention,
@@ -16,6 +16,7 @@ from real_world.stable_diffusion.unet import (
     timestep_embedding,
 )
 from real_world.stable_diffusion.vae import VAE, VAEOutput, vae_loss
+from real_world.training import save_config
 
 # Models
 
@@ -100,6 +101,13 @@ def test_noisy_latents_consist_of_latents_target_and_prompt():
     assert indices.unique().equal(torch.arange(100))
     assert (timesteps.min(), timesteps.max()) == (0, 999)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_config_without_a_model_has_no_effect(tmp_path):
+    save_config(tmp_path, TrainConfig(steps=20))
+    assert saved_config(tmp_path) == TrainConfig()
+    (tmp_path / "model.safetensors").touch()
+    assert saved_config(tmp_path) == TrainConfig(steps=20)
 
 
 def test_unet_ends_with_the_moving_average_of_its_weights(tmp_path):
