@@ -121,6 +121,25 @@ def test_model_that_does_not_learn_fails_the_check(tmp_path, monkeypatch, capsys
         digits.main(options)
 
 
+def test_one_cycle_changes_the_learning_rate_only_and_prints_ten_losses(tmp_path, capsys):
+    model, rates, betas = nn.Linear(1, 1), [], set()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    batches = [(torch.ones(1, 1), torch.zeros(1, 1))] * 40
+
+    def record(step: int, loss: torch.Tensor) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        betas.add(optimizer.param_groups[0]["betas"])
+        on_step(step, loss)
+
+    with one_cycle("Name", optimizer, 40, tmp_path / "losses.jsonl") as on_step:
+        lesson.train(model, batches, nn.MSELoss(), optimizer, epochs=1, on_step=record)
+    assert betas == {(0.9, 0.999)}
+    assert rates.index(max(rates)) == 3, "after a tenth of the steps"
+    assert (rates[0], max(rates)) == pytest.approx((0.1 / 25, 0.1))
+    steps = re.findall(r"step +(\d+) +loss", capsys.readouterr().out)
+    assert steps == [str(step) for step in range(4, 41, 4)]
+
+
 def test_training_that_diverges_is_reported_before_it_is_saved(tmp_path):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)

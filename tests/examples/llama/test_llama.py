@@ -85,15 +85,16 @@ def test_corpus_has_no_duplicate_paragraphs():
 
 def test_evaluate_is_the_mean_loss_of_the_next_byte():
     model = build(replace(CONFIG, vocab_size=256), std=0.1)
-    text = load_corpus()[:70]  # 4 windows of 16 bytes, the last byte of the fourth is text[64]
+    text = load_corpus()[:65]  # 4 windows of 16 bytes, and the byte after the fourth
     losses = []
     for start in (0, 16, 32, 48):
         window = text[start : start + 17].long()
         probabilities = model(window[None, :16])[0].softmax(dim=-1)  # (16, 256)
         losses += [-probabilities[i, window[i + 1]].log().item() for i in range(16)]
     config = TrainConfig(context_length=16, batch_size=3)
-    with torch.no_grad():
-        assert evaluate(model, text, config) == pytest.approx(sum(losses) / 64, rel=1e-5)
+    expected = pytest.approx(sum(losses) / 64, rel=1e-5)
+    assert evaluate(model, text, config) == expected
+    assert evaluate(model, load_corpus()[:70], config) == expected
 
 
 def test_windows_cover_the_text_and_y_is_the_next_byte():
