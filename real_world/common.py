@@ -29,8 +29,8 @@ class CheckFailed(Exception):
 def check(label: str, value: object, passed: bool | torch.Tensor, as_tested: bool = True) -> None:
     """Print a label, a value and `ok`; raise CheckFailed if the check did not pass.
 
-    A training that a person changed (not `as_tested`) may fail it: then, only label and value are
-    printed.
+    If it does not pass, but the training had other options than the tested ones (not `as_tested`),
+    print label and value only.
     """
     if not passed and not as_tested:
         show(label, value)

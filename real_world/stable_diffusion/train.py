@@ -82,7 +82,7 @@ def train_unet(
 
 
 def saved_config(folder: Path) -> TrainConfig:
-    """Return the config of the model in a folder; the default if there is no model."""
+    """Return the config with which the model in a folder was trained; without one, the default."""
     if (folder / WEIGHTS_FILE).exists():
         return load_config(folder, TrainConfig())
     return TrainConfig()
